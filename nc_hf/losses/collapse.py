@@ -1,0 +1,385 @@
+"""The two feature terms of "Inducing Neural Collapse in Deep Long-tailed Learning" (AISTATS 2023).
+
+    L_W = sum_k sum_{i: y_i = k} 1/n_k ||h_i - mu_k||^2                              (Eq. 13)
+    L_B = -1/K sum_k min_{j != k} angle(mu_k - mu_C, mu_j - mu_C),  mu_C = mean mu   (Eq. 15)
+
+Where the paper's text and the code that gave its results differ, the defaults here follow the code:
+
+* n_k of L_W counts the images of class k in the batch, and the sum over classes is a mean over all K.
+* In the paper's recipes the centers are parameters with a learning rate of their own (`centers="learned"`).
+
+Two things are better here than in that code. The angle is 2 atan2(||a - b||, ||a + b||), which has no clamp, so
+nearly coinciding centers are still pushed apart. And L_B needs O(K P) memory, never the K x K matrix of cosines.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_gather
+
+CenterMode = Literal["learned", "batch", "ema"]
+BetweenObjective = Literal["mean", "min", "gram"]
+Reduction = Literal["mean", "sum"]
+
+ROWS = 256  # rows of the cosine matrix held at a time
+RELATIVE_FLOOR = 1e-6  # a centered mean this much shorter than the longest has no direction
+
+
+def within_class_loss(
+    features: Tensor,
+    labels: Tensor,
+    centers: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    class_counts: Tensor | None = None,
+) -> Tensor:
+    """L_W of Eq. 13: squared distance of each feature to its class center, each class counted alike.
+
+    Args:
+        features: (B, P) floating point; computed in at least float32.
+        labels: (B,) integers in [0, K).
+        centers: (K, P).
+        reduction: `"mean"` divides by K, as the authors' code does and as the paper's weights assume; `"sum"` is
+            Eq. 13 as printed.
+        class_counts: (K,) the n_k to divide by; the counts in this batch when None. Pass the training-set counts for
+            the paper's "inverse class size", or the counts of a whole update when the batch is a part of it.
+
+    Returns:
+        A scalar. Absent classes add nothing; an empty batch gives a zero that is connected to the graph.
+
+    Raises:
+        ValueError: if `reduction` is not one of the two.
+    """
+    _check_choice("reduction", reduction, ("mean", "sum"))
+    features, centers = _at_least_float32(features), _at_least_float32(centers)
+    counts = torch.bincount(labels, minlength=len(centers)) if class_counts is None else class_counts
+    squared_distances = (features - centers[labels]).square().sum(dim=1)
+    total = (squared_distances / counts[labels]).sum()
+    return total / len(centers) if reduction == "mean" else total
+
+
+def center_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """Center loss (Wen et al. 2016) in the scale of the authors' code: the mean squared distance to the class center.
+
+    Unlike L_W every image counts alike, so frequent classes dominate.
+
+    Args:
+        features: (B, P).
+        labels: (B,) integers in [0, K).
+        centers: (K, P).
+    """
+    features, centers = _at_least_float32(features), _at_least_float32(centers)
+    return (features - centers[labels]).square().sum(dim=1).mean()
+
+
+def between_class_loss(
+    centers: Tensor, *, objective: BetweenObjective = "mean", present: Tensor | None = None
+) -> Tensor:
+    """L_B: minus the angle between each centered class center and its nearest other one, in radians.
+
+    Args:
+        centers: (K, P) floating point; computed in at least float32.
+        objective: `"mean"` over classes is Eq. 15; `"min"`, the single worst pair, is Eq. 14; `"gram"` is the third
+            variant of the authors' code, the Frobenius norm of the off-diagonal cosines with a constant -1/(K-1)
+            diagonal. It pulls cosines to 0, not to -1/(K-1).
+        present: (K,) bool, the classes that take part; all when None.
+
+    Returns:
+        A scalar in [-pi, 0] (`"gram"`: at least 1/sqrt(K-1)). With fewer than two classes a zero, with two a constant,
+        both connected to the graph with a zero gradient. Centers that coincide exactly, and a center that equals the
+        mean of all, get a zero gradient.
+
+    Raises:
+        ValueError: if `objective` is not one of the three.
+    """
+    _check_choice("objective", objective, ("mean", "min", "gram"))
+    centers = _at_least_float32(centers)
+    if present is None:
+        present = torch.ones(len(centers), dtype=torch.bool, device=centers.device)
+    count = present.sum()
+    if objective == "gram":
+        return torch.where(count >= 2, _gram_norm(centers, present, count), centers.sum() * 0)
+    angles = _NearestAngles.apply(centers, present)
+    # Two centered centers always lie opposite each other; what is left of a gradient there is rounding.
+    angles = torch.where(count > 2, angles, angles.detach() + 0 * angles)
+    if objective == "mean":
+        loss = -torch.where(present, angles, 0.0).sum() / count.clamp(min=1)
+    else:
+        loss = -torch.where(present, angles, torch.inf).amin()
+    return torch.where(count >= 2, loss, angles.sum() * 0)
+
+
+class NeuralCollapseLoss(nn.Module):
+    """The weighted terms lambda_1 L_W and lambda_2 L_B of Eq. 16 over one of three kinds of class centers.
+
+    * `"learned"`: parameters, as in the code that gave the paper's results. Both terms see
+      sg(mu) + (mu - sg(mu)) / lambda_1, so a plain SGD step on `centers` is the authors' center update whatever
+      lambda_1 is. L_B reaches the features only through the centers. Give `centers` an SGD group of its own (learning
+      rate 0.5, no momentum, no weight decay); `NCTrainer` does.
+    * `"ema"`: running class means. L_W pulls to them; L_B pushes the batch's own means against all of them. No
+      second optimizer, and the safe choice for fine-tuning.
+    * `"batch"`: means of the batch over all processes. Good for few classes and large batches; with many classes most
+      are alone in a batch and L_W says nothing about them.
+
+    The geometry is computed in float32 with autocast off. Args follow the paper's Table 1 for CIFAR-10.
+
+    Args:
+        num_classes: K, at least 2.
+        feature_dim: P.
+        within_weight: lambda_1 >= 0; 0 removes L_W.
+        between_weight: lambda_2 >= 0; 0 removes L_B.
+        centers: see above.
+        between_objective: see `between_class_loss`.
+        within_reduction: see `within_class_loss`.
+        momentum: of the running means.
+        class_counts: (K,) training images per class; classes without any are left out of L_B and of the mean center.
+
+    Raises:
+        ValueError: for a negative weight, an unknown choice, K < 2, a momentum outside [0, 1), or learned centers
+            without L_W (L_B alone would never reach the features).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        feature_dim: int,
+        within_weight: float = 0.01,
+        between_weight: float = 0.1,
+        centers: CenterMode = "ema",
+        *,
+        between_objective: BetweenObjective = "mean",
+        within_reduction: Reduction = "mean",
+        momentum: float = 0.9,
+        class_counts: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("centers", centers, ("learned", "batch", "ema"))
+        _check_choice("between_objective", between_objective, ("mean", "min", "gram"))
+        _check_choice("within_reduction", within_reduction, ("mean", "sum"))
+        for name, value in (("within_weight", within_weight), ("between_weight", between_weight)):
+            if not value >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch the term off.")
+        if num_classes < 2:
+            raise ValueError(f"the collapse terms need at least 2 classes, got num_classes={num_classes}.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
+        if centers == "learned" and within_weight == 0:
+            raise ValueError(
+                'centers="learned" needs within_weight > 0: L_B reaches the features only through L_W. '
+                'Use centers="ema" or "batch" for L_B alone.'
+            )
+        self.num_classes, self.feature_dim, self.mode = num_classes, feature_dim, centers
+        self.within_weight, self.between_weight, self.momentum = within_weight, between_weight, momentum
+        self.between_objective, self.within_reduction = between_objective, within_reduction
+        self.frozen = False  # learned centers held still: the authors' code did so before the terms start
+        present = torch.ones(num_classes) if class_counts is None else torch.as_tensor(class_counts)
+        if centers == "learned":
+            self.centers = nn.Parameter(torch.randn(num_classes, feature_dim))
+            self.register_buffer("seen", present > 0)
+        elif centers == "ema":
+            self.register_buffer("centers", torch.zeros(num_classes, feature_dim))
+            self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(model)`."""
+        return (
+            f"{self.num_classes}, {self.feature_dim}, within_weight={self.within_weight}, "
+            f'between_weight={self.between_weight}, centers="{self.mode}"'
+        )
+
+    @torch.no_grad()
+    def set_centers(self, means: Tensor, counts: Tensor) -> None:
+        """Start from given class means.
+
+        Args:
+            means: (K, P).
+            counts: (K,) the images behind each mean; a class without any is left out until it is seen.
+        """
+        if self.mode != "batch":
+            self.centers.copy_(means)
+            self.seen.copy_(counts > 0)
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        partner_labels: Tensor | None = None,
+        mixing: float | Tensor = 1.0,
+        class_counts: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms of one batch.
+
+        Args:
+            features: (B, P), the input of the head.
+            labels: (B,) integers in [0, K).
+            partner_labels: (B,) the second labels of mixed-up images: L_W becomes
+                mixing * L_W(labels) + (1 - mixing) * L_W(partner_labels), and means weigh images alike.
+            mixing: the mixup coefficient lambda in [0, 1].
+            class_counts: (K,) the n_k of L_W; see `within_class_loss`.
+
+        Returns:
+            `{"within": lambda_1 L_W, "between": lambda_2 L_B}`, scalars; a term of weight 0 is left out.
+        """
+        assignments = [(labels, 1.0)] if partner_labels is None else [(labels, mixing), (partner_labels, 1 - mixing)]
+        with torch.autocast(features.device.type, enabled=False):
+            features = _at_least_float32(features)
+            pull, push, present = self._centers(features, assignments)
+            terms = {}
+            if self.within_weight:
+                terms["within"] = self.within_weight * sum(
+                    weight
+                    * within_class_loss(features, y, pull, reduction=self.within_reduction, class_counts=class_counts)
+                    for y, weight in assignments
+                )
+            if self.between_weight:
+                terms["between"] = self.between_weight * between_class_loss(
+                    push, objective=self.between_objective, present=present
+                )
+        return terms
+
+    def _centers(
+        self, features: Tensor, assignments: list[tuple[Tensor, float | Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Centers for L_W, centers for L_B, and which classes take part in L_B."""
+        if self.mode == "learned":
+            fixed = self.centers.detach()
+            if self.frozen:
+                return fixed, fixed, self.seen
+            scaled = fixed + (self.centers - fixed) / self.within_weight
+            return scaled, scaled, self.seen
+        means, present = class_means(features, assignments, self.num_classes)
+        if self.mode == "batch":
+            return means, means, present
+        if self.training:
+            self._update(means.detach(), present)
+        centers = self.centers.clone()  # the buffer changes in place at the next step
+        return centers, centers + torch.where(present[:, None], means - means.detach(), 0.0), self.seen.clone()
+
+    @torch.no_grad()
+    def _update(self, means: Tensor, present: Tensor) -> None:
+        blended = self.momentum * self.centers + (1 - self.momentum) * means
+        updated = torch.where(self.seen[:, None], blended, means)
+        self.centers.copy_(torch.where(present[:, None], updated, self.centers))
+        self.seen.logical_or_(present)
+
+
+def class_means(
+    features: Tensor, assignments: list[tuple[Tensor, float | Tensor]], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Class means over the batches of all processes, with a gradient to each process's own features.
+
+    Args:
+        features: (B, P) of this process; every process has the same B.
+        assignments: pairs of labels (B,) and the weight with which they hold.
+        num_classes: K.
+
+    Returns:
+        Means (K, P), zero for absent classes, and which classes are present (K,) bool.
+    """
+    sums = features.new_zeros(num_classes, features.shape[1])
+    masses = features.new_zeros(num_classes)
+    everywhere = gather_with_gradient(features)
+    for labels, weight in assignments:
+        labels = gather_with_gradient(labels)
+        sums = sums.index_add(0, labels, weight * everywhere)
+        masses = masses.index_add(0, labels, weight * torch.ones_like(labels, dtype=features.dtype))
+    present = masses > 0
+    return sums / torch.where(present, masses, 1.0)[:, None], present
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Rows of all processes in rank order, (W * B, ...); the gradient flows back to each process's own rows."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+class _NearestAngles(torch.autograd.Function):
+    """Angle between each centered row and its nearest other one, (K,) radians, in O(K P) memory."""
+
+    @staticmethod
+    def forward(ctx, centers: Tensor, present: Tensor) -> Tensor:
+        unit, _ = _unit_rows(centers, present)
+        nearest = _nearest_rows(unit, present)
+        angles = torch.cat([2 * torch.atan2(*_chord_lengths(unit, nearest, rows)) for rows in _row_slices(unit)])
+        ctx.save_for_backward(centers, present, nearest)
+        return angles
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_angles: Tensor) -> tuple[Tensor, None]:
+        centers, present, nearest = ctx.saved_tensors
+        unit, norms = _unit_rows(centers, present)
+        grad = torch.zeros_like(unit)
+        for rows in _row_slices(unit):
+            a, b = unit[rows], unit[nearest[rows]]
+            difference, total = a - b, a + b
+            s, p = difference.norm(dim=1, keepdim=True), total.norm(dim=1, keepdim=True)
+            scale = 2 * grad_angles[rows, None] / (s.square() + p.square()).clamp(min=1e-12)
+            # d angle = 2 (p ds - s dp) / (s^2 + p^2); a zero chord has no direction, hence no gradient.
+            difference.mul_(torch.where(s > 0, scale * p / s, 0.0))
+            total.mul_(torch.where(p > 0, -scale * s / p, 0.0))
+            grad[rows] += difference + total
+            grad.index_add_(0, nearest[rows], total - difference)
+        for rows in _row_slices(unit):  # through the normalisation, a few rows at a time
+            radial = (grad[rows] * unit[rows]).sum(dim=1, keepdim=True)
+            grad[rows] = (grad[rows] - radial * unit[rows]) / norms[rows, None]
+        grad.masked_fill_(~(present & norms.isfinite())[:, None], 0.0)
+        grad.sub_(grad.sum(dim=0) / present.sum().clamp(min=1))
+        return grad.masked_fill_(~present[:, None], 0.0), None
+
+
+def _unit_rows(centers: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows minus the mean of the present ones, at unit length, and their norms: infinite where there is no direction."""
+    mean = present.to(centers.dtype) @ centers / present.sum().clamp(min=1)
+    centered = (centers - mean).masked_fill_(~present[:, None], 0.0)
+    norms = centered.norm(dim=1)
+    norms = torch.where(norms > RELATIVE_FLOOR * norms.max(), norms, torch.inf)
+    return (centered / norms[:, None] if torch.is_grad_enabled() else centered.div_(norms[:, None])), norms
+
+
+def _nearest_rows(unit: Tensor, present: Tensor) -> Tensor:
+    """Index of the other present row with the largest cosine, (K,)."""
+    nearest = torch.empty(len(unit), dtype=torch.long, device=unit.device)
+    block = unit.new_empty(min(ROWS, len(unit)), len(unit))  # one block for all, or the allocator keeps several
+    for rows in _row_slices(unit):
+        cosines = torch.mm(unit[rows], unit.T, out=block[: rows.stop - rows.start])
+        cosines.masked_fill_(~present, -torch.inf)
+        cosines.diagonal(rows.start).fill_(-torch.inf)
+        torch.argmax(cosines, dim=1, out=nearest[rows])
+    return nearest
+
+
+def _row_slices(rows: Tensor) -> list[slice]:
+    return [slice(start, min(start + ROWS, len(rows))) for start in range(0, len(rows), ROWS)]
+
+
+def _chord_lengths(unit: Tensor, nearest: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    a, b = unit[rows], unit[nearest[rows]]
+    return (a - b).norm(dim=1), (a + b).norm(dim=1)
+
+
+def _gram_norm(centers: Tensor, present: Tensor, count: Tensor) -> Tensor:
+    """Frobenius norm of the cosines with -1/(K-1) on the diagonal, through the smaller of the two Gram matrices."""
+    unit, norms = _unit_rows(centers, present)
+    if unit.shape[0] <= unit.shape[1]:
+        off_diagonal = (unit @ unit.T).fill_diagonal_(0.0).square().sum()
+    else:
+        off_diagonal = (unit.T @ unit).square().sum() - unit.square().sum(dim=1).square().sum()
+    diagonal = norms.isfinite().sum() / (count - 1).clamp(min=1).square()
+    return (off_diagonal.clamp(min=0) + diagonal).sqrt()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
