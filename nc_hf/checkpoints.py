@@ -1,0 +1,75 @@
+"""Which checkpoint to resume from: the newest one that was written to its end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+
+
+def mark_complete(folder: Path) -> None:
+    """Write the names and sizes (bytes) of a checkpoint's files, as the last of its files."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    sizes.pop(MARKER, None)
+    partial = folder / f"{MARKER}.partial"
+    partial.write_text(json.dumps(sizes, indent=1))
+    partial.replace(folder / MARKER)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that the marker names is there with its size."""
+    try:
+        sizes = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return False
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def newest_complete(output_dir: str | Path) -> str | None:
+    """The newest complete `checkpoint-<step>` folder, the same on all processes; None when there is none.
+
+    Broken newer ones are named in a warning and left where they are.
+    """
+    found: list[str | None] = [None]
+    folders = sorted(
+        (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()),
+        key=lambda path: int(path.name.split("-")[-1]),
+        reverse=True,
+    )
+    for folder in folders:
+        if is_complete(folder):
+            found = [str(folder)]
+            break
+        logger.warning("%s was not written to its end and is skipped.", folder)
+    return broadcast_object_list(found, from_process=0)[0]
+
+
+def check_names(folder: Path, expected: Iterable[str]) -> None:
+    """Refuse a checkpoint that would leave tensors of the model as they are.
+
+    Args:
+        folder: of the checkpoint.
+        expected: names of all tensors of the model.
+
+    Raises:
+        ValueError: when one of them is not in the checkpoint.
+    """
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        return
+    with safe_open(weights, "pt") as file:
+        missing = sorted(set(expected) - set(file.keys()))
+    if missing:
+        raise ValueError(
+            f"{folder} has no {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}: it was saved with another "
+            "model or without class centers. Start afresh (another output_dir or no resume), or use centers: batch, "
+            "which has no centers to restore."
+        )

@@ -1,0 +1,70 @@
+"""What a trained classifier is worth: accuracies by class frequency, calibration, geometry of its features."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nc_hf.metrics.calibration import expected_calibration_error
+from nc_hf.metrics.geometry import measure_geometry
+from nc_hf.metrics.long_tail_accuracy import long_tail_accuracy
+from nc_hf.trainer import NCTrainer
+
+
+def evaluate_classifier(
+    trainer: NCTrainer,
+    dataset: Dataset,
+    class_counts: Sequence[int],
+    *,
+    few_below: int = 20,
+    many_above: int = 100,
+) -> dict[str, Any]:
+    """Accuracies and calibration of a trainer's classifier on one data set, in one pass.
+
+    Args:
+        trainer: holds the classifier; all its processes must call this.
+        dataset: usually the test split.
+        class_counts: (K,) training images per class, which say what is many, medium and few.
+        few_below: classes with fewer training images are few.
+        many_above: classes with more training images are many.
+
+    Returns:
+        `accuracy`, `class_mean_accuracy`, `accuracy_many|medium|few` (an empty group is absent),
+        `per_class_accuracy`, `ece`, `mce`, and the size and speed of the pass.
+    """
+    started = time.perf_counter()
+    batches = [(logits.cpu(), labels.cpu()) for _, logits, labels in trainer.iterate_features(dataset)]
+    logits, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
+    metrics = long_tail_accuracy(
+        logits.argmax(axis=1), labels, class_counts, few_below=few_below, many_above=many_above
+    )
+    metrics |= expected_calibration_error(logits, labels)
+    return metrics | {"images": len(labels), "seconds": time.perf_counter() - started}
+
+
+def geometry_of(trainer: NCTrainer, dataset: Dataset) -> dict[str, Any]:
+    """NC1-NC4 of a trainer's classifier on one data set, in two passes over its images without augmentation.
+
+    Args:
+        trainer: holds the classifier; all its processes must call this.
+        dataset: the training images, or the test images.
+    """
+    head = trainer.task.head
+    weight, bias = head.weight.detach().flatten(1), head.bias
+
+    def batches() -> Any:
+        for features, _, labels in trainer.iterate_features(dataset):
+            yield features, labels
+
+    bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach()
+    return measure_geometry(batches, weight, bias, trainer.task.num_classes)
+
+
+def class_means_of(trainer: NCTrainer, dataset: Dataset) -> Tensor:
+    """Class means (K, P) of a trainer's features on one data set, float32 on the CPU."""
+    return trainer.class_means(dataset)[0].cpu()

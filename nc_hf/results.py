@@ -1,0 +1,64 @@
+"""`results.json`: what a run measured, and the table people read."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+LIBRARIES = ("torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "huggingface-hub", "nc-hf")
+GROUPS = ("accuracy", "accuracy_many", "accuracy_medium", "accuracy_few")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The content of a `results.json`; empty when there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Replace a `results.json` at once, so that a reader never finds half of one.
+
+    Raises:
+        ValueError: for a number that is not finite.
+    """
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"schema": SCHEMA, **results}, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the libraries, the git revision if there is one, and the kind of machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "git_revision": _git_revision(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Percentages of each head as aligned text: all, many, medium, few, class mean, ECE; "-" for an empty group."""
+    header = ["head", "all", "many", "medium", "few", "class mean", "ECE"]
+    rows = [header]
+    for name, metrics in results["heads"].items():
+        keys = [*GROUPS, "class_mean_accuracy", "ece"]
+        rows.append([name] + [f"{100 * metrics[key]:.2f}" if key in metrics else "-" for key in keys])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

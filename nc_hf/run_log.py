@@ -1,0 +1,92 @@
+"""The log of a run: one line an epoch for people, one JSON object a record for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+SHOWN = ("loss", "loss_supervised", "loss_within", "loss_between", "learning_rate")
+
+
+class RunLog(TrainerCallback):
+    """Appends every record of a `Trainer` to a JSON-lines file and logs one line an epoch.
+
+    The line shows the terms of the training loss, the learning rate, images per second of training (evaluation and
+    saving not counted) and, where there is a validation split, its accuracies. It never shows the test split.
+
+    Args:
+        path: of the JSON-lines file; records are appended.
+        stage: name in front of each line, such as `"stage1"`.
+    """
+
+    def __init__(self, path: str | Path, stage: str) -> None:
+        self.path, self.stage = Path(path), stage
+        self.record: dict[str, Any] = {}
+        self.train_seconds, self.train_images, self._epoch_started = 0.0, 0, 0.0
+
+    def speed(self) -> dict[str, float]:
+        """Seconds spent in training steps by this process, and images per second of all processes in them."""
+        if not self.train_seconds:
+            return {}
+        return {"train_seconds": self.train_seconds, "images_per_second": self.train_images / self.train_seconds}
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the line of the epoch before and start the clock."""
+        self._write_line(state)
+        self._epoch_started, self._first_step = time.perf_counter(), state.global_step
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock."""
+        seconds = time.perf_counter() - self._epoch_started
+        images = (state.global_step - self._first_step) * (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        if loader := kwargs.get("train_dataloader"):
+            images = min(images, len(loader.dataset))
+        self.train_seconds, self.train_images = self.train_seconds + seconds, self.train_images + images
+        self.record["images_per_second"] = images / seconds
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append one JSON object."""
+        self.record |= logs or {}
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"stage": self.stage, "step": state.global_step, **(logs or {})}) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the last line."""
+        self._write_line(state)
+
+    def _write_line(self, state: TrainerState) -> None:
+        if "loss" in self.record and state.is_world_process_zero:
+            parts = [f"{name.removeprefix('loss_')} {self.record[name]:.4g}" for name in SHOWN if name in self.record]
+            parts += [
+                f"validation {name.removeprefix('eval_')} {value:.3f}"
+                for name, value in self.record.items()
+                if name.startswith("eval_accuracy")
+            ]
+            if "images_per_second" in self.record:
+                parts.append(f"{self.record['images_per_second']:.0f} images/s")
+            logger.info("%s epoch %g/%g  %s", self.stage, state.epoch, state.num_train_epochs, "  ".join(parts))
+        self.record = {}

@@ -1,0 +1,242 @@
+"""The one module that is trained: a classifier together with its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from nc_hf.losses.classification import SUPERVISED_LOSSES, cross_entropy
+from nc_hf.losses.collapse import NeuralCollapseLoss
+from nc_hf.models.classifier import FeatureTap, feature_dim, find_head, logits_of
+from nc_hf.rebalancing import class_weights
+from nc_hf.training_args import NCTrainingArguments
+
+
+class ClassificationTask(nn.Module):
+    """A classifier, the class centers and the class weights; `forward` returns the loss.
+
+    Everything a loss learns lives in here, so data parallel wrappers average it, checkpoints keep it and resume
+    restores it. What changes while training is plain state of this module: `collapse_active`, `weighting_active`.
+
+    In training the loss is this batch's share of the update's loss: sums over its images are divided by counts of the
+    whole update (all accumulated batches of all processes), so that summing over the accumulated batches and
+    averaging over the processes gives the loss of one large batch.
+
+    Args:
+        model: an image classifier, of timm or of transformers; kept as it is.
+        head_name: module path of its last layer.
+        num_classes: K.
+        supervised: loss of each image from logits (B, K) and labels (B,).
+        collapse: the two feature terms, or None.
+        class_weights: (K,) weight of each class in the supervised loss while `weighting_active`.
+        freeze_backbone: train the head alone, with the backbone in eval mode through every `train()` call.
+        mixup_rule: labels of a mixed feature in the collapse terms, `"weighted"` (both) or `"first"`.
+        within_counts: (K,) the n_k of L_W; those of the update when None.
+    """
+
+    accepts_loss_kwargs = False
+    config = None  # the Trainer looks for one; this module is no PreTrainedModel
+    main_input_name = "pixel_values"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head_name: str,
+        num_classes: int,
+        *,
+        supervised: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        collapse: NeuralCollapseLoss | None = None,
+        class_weights: Tensor | None = None,
+        freeze_backbone: bool = False,
+        mixup_rule: str = "weighted",
+        within_counts: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.classifier, self.head_name, self.num_classes = model, head_name, num_classes
+        self.collapse, self.supervised, self.mixup_rule = collapse, supervised, mixup_rule
+        weights = torch.ones(num_classes) if class_weights is None else torch.as_tensor(class_weights)
+        self.register_buffer("class_weights", weights.float(), persistent=False)
+        counts = None if within_counts is None else torch.as_tensor(within_counts).float()
+        self.register_buffer("within_counts", counts, persistent=False)
+        self.register_buffer("centers_ready", torch.tensor(False))
+        self.freeze_backbone = freeze_backbone
+        self.collapse_active = self.weighting_active = False
+        self.tap = FeatureTap(model, head_name)
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer of the classifier."""
+        return self.classifier.get_submodule(self.head_name)
+
+    def train(self, mode: bool = True) -> ClassificationTask:
+        """Like `nn.Module.train`, except that a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.classifier.eval()
+            self.head.train(mode)
+        return self
+
+    def features_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """One forward pass.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+
+        Returns:
+            The input of the head (B, P) and the logits (B, K).
+        """
+        logits = logits_of(self.classifier(pixel_values))
+        return self.tap.read(), logits
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        *,
+        partners: Tensor | None = None,
+        mixing: float | Tensor = 1.0,
+        update_counts: Tensor | None = None,
+        update_batches: int = 1,
+    ) -> dict[str, Tensor]:
+        """Loss, logits and, in training, the terms of the loss.
+
+        Args:
+            pixel_values: (B, 3, H, W), already mixed when `partners` is given.
+            labels: (B,) integers in [0, K); None gives logits alone.
+            partners: (B,) the second labels of mixed-up images.
+            mixing: the mixup coefficient of `labels`.
+            update_counts: (K,) images of each class in the whole update divided by the number of processes; those of
+                this batch when None.
+            update_batches: number of batches accumulated in the update.
+        """
+        features, logits = self.features_and_logits(pixel_values)
+        if labels is None:
+            return {"logits": logits}
+        if not self.training:
+            return {"loss": self.supervised(logits, labels).mean(), "logits": logits}
+        if update_counts is None:
+            update_counts = torch.bincount(labels, minlength=self.num_classes)
+        update_counts = update_counts.to(torch.float32)
+        terms = {"supervised": self._supervised_term(logits, labels, partners, mixing, update_counts)}
+        if self.collapse is not None and self.collapse_active:
+            terms |= self._collapse_terms(features, labels, partners, mixing, update_counts, update_batches)
+        return {"loss": sum(terms.values()), "logits": logits, **{f"loss_{name}": t for name, t in terms.items()}}
+
+    def _supervised_term(
+        self, logits: Tensor, labels: Tensor, partners: Tensor | None, mixing: float | Tensor, update_counts: Tensor
+    ) -> Tensor:
+        # mixup permutes the images of the update, so first and second labels have the same counts.
+        weights = self.class_weights if self.weighting_active else torch.ones_like(self.class_weights)
+        total = (weights * update_counts).sum()
+        loss = (weights[labels] * self.supervised(logits, labels)).sum() / total
+        if partners is None:
+            return loss
+        return mixing * loss + (1 - mixing) * (weights[partners] * self.supervised(logits, partners)).sum() / total
+
+    def _collapse_terms(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        partners: Tensor | None,
+        mixing: float | Tensor,
+        update_counts: Tensor,
+        update_batches: int,
+    ) -> dict[str, Tensor]:
+        terms = self.collapse(
+            features,
+            labels,
+            partner_labels=partners if self.mixup_rule == "weighted" else None,
+            mixing=mixing,
+            class_counts=update_counts if self.within_counts is None else self.within_counts,
+        )
+        if "between" in terms:  # whole in every accumulated batch, unlike sums over images
+            terms["between"] = terms["between"] / update_batches
+        return terms
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Recompute activations of the classifier in the backward pass."""
+        if hasattr(self.classifier, "activation_checkpointing_enable"):
+            self.classifier.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=activation_checkpointing_kwargs,
+                every_n_layers=every_n_layers,
+                offload=offload,
+            )
+        elif hasattr(self.classifier, "set_grad_checkpointing"):
+            self.classifier.set_grad_checkpointing(True)
+        else:
+            raise ValueError(
+                f"{type(self.classifier).__name__} has no activation checkpointing; set activation_checkpointing: false."
+            )
+
+
+def build_task(
+    model: nn.Module,
+    args: NCTrainingArguments,
+    class_counts: np.ndarray | None = None,
+    *,
+    head: str | None = None,
+    freeze_backbone: bool = False,
+) -> ClassificationTask:
+    """The task that the arguments describe, around a classifier.
+
+    Args:
+        model: an image classifier, of timm or of transformers.
+        args: of the run; `args.seed` seeds the centers.
+        class_counts: (K,) training images per class, where known.
+        head: module path of the last layer, for a model whose head is not found.
+        freeze_backbone: train the head alone.
+
+    Raises:
+        ValueError: when the head does not fit the classes, or settings need counts that are not known.
+    """
+    set_seed(args.seed)
+    head_name, head_module = find_head(model, head=head)
+    num_classes = head_module.weight.shape[0]
+    if class_counts is not None and len(class_counts) != num_classes:
+        raise ValueError(
+            f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes. "
+            f"Load the model with num_labels={len(class_counts)}."
+        )
+    if class_counts is None and (args.class_weighting != "none" or args.within_counts == "train"):
+        raise ValueError(
+            "`class_weighting` and `within_counts: train` need the number of training images per class, which the "
+            "training set does not tell. Pass class_counts=[...] to NCTrainer."
+        )
+    collapse = weights = within_counts = None
+    if args.collapse_enabled and not freeze_backbone:
+        collapse = NeuralCollapseLoss(
+            num_classes,
+            feature_dim(head_module),
+            args.within_weight,
+            args.between_weight,
+            args.centers,
+            between_objective=args.between_objective,
+            within_reduction=args.within_reduction,
+            momentum=args.centers_momentum,
+            class_counts=class_counts,
+        )
+    if args.class_weighting != "none":
+        weights = class_weights(class_counts, args.class_weighting, beta=args.effective_number_beta)
+    if args.within_counts == "train":
+        # A sum over the images of all processes, whose gradients are then averaged.
+        within_counts = class_counts / args.world_size
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return ClassificationTask(
+        model,
+        head_name,
+        num_classes,
+        supervised=partial(SUPERVISED_LOSSES[args.loss], label_smoothing=args.label_smoothing_factor),
+        collapse=collapse,
+        class_weights=weights,
+        freeze_backbone=freeze_backbone,
+        mixup_rule=args.mixup_rule,
+        within_counts=within_counts,
+    )

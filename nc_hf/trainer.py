@@ -1,0 +1,360 @@
+"""`NCTrainer`: `transformers.Trainer` with the paper's feature terms and re-balancing, for any image classifier."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer
+
+from nc_hf.checkpoints import check_names, mark_complete, newest_complete
+from nc_hf.data.augment import draw_mixup, mix
+from nc_hf.hub import save_pretrained
+from nc_hf.labels import counts_of, labels_of
+from nc_hf.models.classifier import feature_dim
+from nc_hf.rebalancing import EpochSampler, mix_seeds
+from nc_hf.schedule import epoch_scheduler, hold_constant
+from nc_hf.task import ClassificationTask, build_task
+from nc_hf.training_args import NCTrainingArguments, resolve_epoch
+
+logger = logging.getLogger(__name__)
+
+
+class NCTrainer(Trainer):
+    """A drop-in for `Trainer` on image classification, for any classifier of timm or transformers.
+
+    The classifier is trained inside a `ClassificationTask`; `classifier` gives it back, and `save_model` writes a
+    folder that timm and transformers open. Batches are dicts with `pixel_values` (B, 3, H, W) and `labels` (B,).
+
+    Args:
+        model: the classifier; its last layer must be one linear layer.
+        args: `NCTrainingArguments`.
+        class_counts: (K,) training images per class; read from the training set where it knows them.
+        class_names: K names for saved models; read from the training set or the model's config where they know them.
+        head: module path of the last layer, for a model whose head is not found.
+        freeze_backbone: train the head alone, the backbone in eval mode.
+        **kwargs: all other arguments of `Trainer`, except `compute_loss_func`.
+
+    Raises:
+        ValueError: for a model without a single linear head, a head of another size than the data's classes, several
+            GPUs in one process, or settings that need class counts which nothing gives.
+    """
+
+    loss_is_scaled_for_ga = True  # the task divides by counts of the whole update
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: NCTrainingArguments | None = None,
+        *,
+        class_counts: Sequence[int] | None = None,
+        class_names: Sequence[str] | None = None,
+        head: str | None = None,
+        freeze_backbone: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        args = NCTrainingArguments() if args is None else args
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process mean DataParallel, which NCTrainer does not support. "
+                "Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        train_dataset = kwargs.get("train_dataset")
+        if class_counts is None:
+            class_counts = counts_of(train_dataset)
+        self.class_counts = None if class_counts is None else np.asarray(class_counts, dtype=np.int64)
+        self.class_names = class_names if class_names is not None else getattr(train_dataset, "class_names", None)
+        wrap = partial(
+            build_task, args=args, class_counts=self.class_counts, head=head, freeze_backbone=freeze_backbone
+        )
+        if model_init := kwargs.pop("model_init", None):
+            kwargs["model_init"] = lambda *trial: wrap(model_init(*trial))
+        if "data_collator" not in kwargs and hasattr(train_dataset, "collate"):
+            kwargs["data_collator"] = train_dataset.collate
+        if hasattr(kwargs.get("processing_class"), "data_config"):
+            kwargs["processing_class"] = None  # a timm model's own config keeps these settings
+        self.user_callbacks = kwargs.get("callbacks")
+        super().__init__(model=None if model is None else wrap(model), args=args, **kwargs)
+        self.label_names = ["labels"]
+        self.label_smoother = None  # label smoothing is part of the task's loss
+        self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
+
+    @property
+    def task(self) -> ClassificationTask:
+        """The module that is trained, without wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def classifier(self) -> nn.Module:
+        """The plain timm or transformers classifier."""
+        return self.task.classifier
+
+    # ---- One update ----
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """The batches of the next update, each with the class counts of all of them and its mixup partners."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._enter_epoch()
+        counts = torch.zeros(self.task.num_classes, device=device)
+        for batch in batches:
+            counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))
+        counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
+        for number, batch in enumerate(batches):
+            batch["update_counts"], batch["update_batches"] = counts, len(batches)
+            if self.args.mixup_alpha:
+                self._mix_up(batch, mix_seeds(self.args.seed, self.state.global_step, number))
+        return batches, None
+
+    def _mix_up(self, batch: dict[str, Any], seed: int) -> None:
+        """Mix images with partners from the batches of all processes, as one process would."""
+        images, labels = batch["pixel_values"], batch["labels"]
+        all_images, all_labels = self.accelerator.gather((images, labels))
+        mixing, partners = draw_mixup(len(all_labels), self.args.mixup_alpha, seed)
+        first = self.accelerator.process_index * len(labels)
+        partners = partners[first : first + len(labels)].to(labels.device)
+        batch["pixel_values"] = mix(images, all_images[partners], mixing)
+        batch["partners"] = all_labels[partners]
+        batch["mixing"] = torch.tensor(mixing, dtype=torch.float32, device=labels.device)
+
+    def _enter_epoch(self) -> None:
+        """Switch on what starts at this epoch."""
+        epoch = math.floor((self.state.epoch or 0) + 1e-6)
+        task, args, num_epochs = self.task, self.args, self.num_epochs
+        task.weighting_active = args.drw_epoch is None or epoch >= resolve_epoch(args.drw_epoch, num_epochs)
+        if task.collapse is None:
+            return
+        started = epoch >= resolve_epoch(args.start_epoch, num_epochs)
+        task.collapse_active = started or args.replicate_leak
+        task.collapse.frozen = not started
+        if started and not task.centers_ready:
+            from_data = args.center_init == "data" or (args.center_init == "auto" and args.start_epoch > 0)
+            if from_data and task.collapse.mode != "batch" and not args.replicate_leak:
+                logger.info("class centers start as class means of one pass over the training images")
+                task.collapse.set_centers(*self.class_means(self.train_dataset))
+            task.centers_ready.fill_(True)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The task's loss; its terms are kept for the log."""
+        if self.args.channels_last and inputs["pixel_values"].ndim == 4:
+            images = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
+            inputs = {**inputs, "pixel_values": images}
+        outputs = model(**inputs)
+        share = 1 / inputs.get("update_batches", 1)
+        for name, value in outputs.items():
+            if name.startswith("loss_"):
+                value = value.detach()
+                # A term with nothing to say in a batch is left out of its mean.
+                self._terms[name] += torch.stack([value, (value != 0) * share])
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One batch forward and backward; stops all processes before the update if a loss is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._finite = getattr(self, "_finite", True) & torch.isfinite(loss)
+        if self.accelerator.sync_gradients:
+            finite = self.accelerator.reduce(self._finite.float(), "sum") == self.accelerator.num_processes
+            self._finite = True
+            if not finite:
+                self._stop_at_nonfinite_loss(loss)
+        return loss
+
+    def _stop_at_nonfinite_loss(self, loss: Tensor) -> None:
+        terms = {name: sums[0].item() for name, sums in self._terms.items()}
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        report = {"step": step, "epoch": self.state.epoch, "learning_rate": rate, "loss": repr(loss.item())}
+        report["terms_since_last_log"] = {name: repr(value) for name, value in terms.items()}
+        path = Path(self.args.output_dir) / f"nonfinite_rank{self.args.process_index}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1))
+        raise FloatingPointError(
+            f"the loss is not finite at step {step} (in {', '.join(bad) or 'another process'}), learning rate {rate:g}. The weights are still those "
+            f"of the step before; {path.name} in the output folder has the terms. Lower the learning rate, or set "
+            "precision: fp32."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each term of the loss since the last log, unrounded."""
+        if "loss" in logs:
+            for name in sorted(self._terms):
+                total, count = self.accelerator.reduce(self._terms[name], "mean").tolist()
+                if count:
+                    logs[name] = total / count
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # ---- Data, optimizer, schedule ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        labels = labels_of(dataset)
+        if labels is None:
+            if self.args.sampler != "instance":
+                raise ValueError(
+                    f"`sampler: {self.args.sampler}` needs the labels of {type(dataset).__name__}. Give it an attribute "
+                    "`labels` with one integer per image, or use a `datasets.Dataset` with a ClassLabel column."
+                )
+            return super()._get_train_sampler(dataset)
+        with_draws = getattr(dataset, "accepts_draws", False)
+        return EpochSampler(
+            labels, self.args.sampler, seed=self.args.data_seed or self.args.seed, with_draws=with_draws
+        )
+
+    def set_initial_training_values(self, args: NCTrainingArguments, dataloader: Any) -> tuple:
+        """Also keeps the number of epochs and of updates an epoch, which schedules need."""
+        values = super().set_initial_training_values(args, dataloader)
+        self.num_epochs, self.updates_per_epoch = values[0], values[1]
+        return values
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: NCTrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """As in `Trainer`, with momentum for SGD."""
+        cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if cls is torch.optim.SGD:
+            kwargs.setdefault("momentum", args.momentum)
+        return cls, kwargs
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All names with `decay_all_parameters`, as the authors' code; else those of `Trainer`."""
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def _is_center(self, parameter: Tensor) -> bool:
+        collapse = self.task.collapse
+        return collapse is not None and collapse.mode == "learned" and parameter is collapse.centers
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `Trainer`, with learned centers in a group of plain SGD."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            centers = []
+            for group in optimizer.param_groups:
+                centers += [p for p in group["params"] if self._is_center(p)]
+                group["params"] = [p for p in group["params"] if not self._is_center(p)]
+            if centers:
+                settings = {"lr": self.args.centers_learning_rate, "momentum": 0.0, "weight_decay": 0.0}
+                optimizer.add_param_group({"params": centers, **settings})
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule by epochs where one is set, else that of `Trainer`; centers keep their learning rate."""
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            if self.args.lr_milestones or self.args.lr_cosine:
+                self.lr_scheduler = epoch_scheduler(optimizer, self.args, self.num_epochs, self.updates_per_epoch)
+                self._created_lr_scheduler = True
+            else:
+                super().create_scheduler(num_training_steps, optimizer)
+            if any(self._is_center(p) for p in optimizer.param_groups[-1]["params"]):
+                hold_constant(self.lr_scheduler, group=-1)
+        return self.lr_scheduler
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        network = [p for p in model.parameters() if not self._is_center(p)]
+        return self.accelerator.clip_grad_norm_(network, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
+        return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
+    # ---- Features ----
+
+    def iterate_features(self, dataset: Dataset) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features, logits and labels of a data set in eval mode, batch by batch and the same on every process.
+
+        Args:
+            dataset: as for `evaluate`; our image sets give their images without augmentation.
+
+        Yields:
+            Features (B, P) and logits (B, K) in float32, labels (B,).
+        """
+        task, was_training = self.task, self.task.training
+        task.eval()
+        for batch in self.get_eval_dataloader(dataset):
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                features, logits = task.features_and_logits(batch["pixel_values"])
+            yield self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
+        task.train(was_training)
+
+    def class_means(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
+        """Class means (K, P) in float32, zero for absent classes, and class counts (K,) of a data set's features."""
+        num_classes, width = self.task.num_classes, feature_dim(self.task.head)
+        sums = torch.zeros(num_classes, width, dtype=torch.float64)
+        counts = torch.zeros(num_classes, dtype=torch.int64)
+        for features, _, labels in self.iterate_features(dataset):
+            labels = labels.cpu()
+            sums.index_add_(0, labels, features.double().cpu())
+            counts += torch.bincount(labels, minlength=num_classes)
+        return (sums / counts.clamp(min=1)[:, None]).float().to(self.args.device), counts.to(self.args.device)
+
+    # ---- Saving and resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `Trainer`; `resume_from_checkpoint=True` takes the newest complete checkpoint, or starts afresh."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
+            logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_names(Path(resume_from_checkpoint), self.task.state_dict())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain classifier as a folder that timm and transformers open; checkpoints keep the whole task."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        else:
+            self.export(output_dir or self.args.output_dir)
+
+    def export(self, folder: str, *, head_name: str = "base", **extra: Any) -> None:
+        """Write the classifier's folder, from the main process.
+
+        Args:
+            folder: where to.
+            head_name: name under which the head is kept beside others.
+            **extra: further arguments of `nc_hf.hub.save_pretrained`, such as `heads` and `metadata`.
+        """
+        if not self.args.should_save:
+            return
+        task = self.task
+        centers = task.collapse.centers if task.collapse is not None and task.collapse.mode != "batch" else None
+        save_pretrained(
+            task.classifier,
+            folder,
+            label_names=self.class_names,
+            image_processor=self.processing_class,
+            heads=extra.pop("heads", {}) | {head_name: task.head.state_dict()},
+            active_head=head_name,
+            centers=None if centers is None else centers.detach(),
+            class_counts=self.class_counts,
+            **extra,
+        )

@@ -1,0 +1,252 @@
+"""Arguments of stage one (`NCTrainingArguments`) and of classifier re-training (`RetrainingArguments`)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+from nc_hf.losses.classification import SUPERVISED_LOSSES
+from nc_hf.losses.collapse import BetweenObjective, CenterMode, Reduction
+from nc_hf.rebalancing import ClassWeighting, SamplerName
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def resolve_epoch(value: float, num_epochs: float) -> float:
+    """Epochs from a setting: a number below 1 is a fraction of the run, anything else counts epochs (0 is the start).
+
+    Fractions are rounded to whole epochs, so a recipe keeps its shape when its run is shortened.
+
+    Args:
+        value: >= 0.
+        num_epochs: of the run.
+    """
+    return float(math.floor(value * num_epochs + 0.5)) if 0 < value < 1 else float(value)
+
+
+@dataclass
+class NCTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's terms, re-balancing and schedules.
+
+    Where these differ from the defaults of `TrainingArguments`: `remove_unused_columns` is False (image transforms need
+    the image column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run). Settings of time
+    (`start_epoch`, `drw_epoch`, `lr_milestones`, `warmup_epochs`) count epochs when they are 1 or more and are
+    fractions of the run when they are less than 1.
+
+    The weights of the terms are those of the paper's Table 1 for CIFAR-10.
+    """
+
+    # Parameters that control the collapse terms
+    within_weight: float = field(default=0.01, metadata={"help": "lambda_1, the weight of L_W; 0 switches it off."})
+    between_weight: float = field(default=0.1, metadata={"help": "lambda_2, the weight of L_B; 0 switches it off."})
+    start_epoch: float = field(default=0.0, metadata={"help": "Epoch from which the two terms are part of the loss."})
+    centers: CenterMode = field(
+        default="ema",
+        metadata={"help": "Class centers: ema (running means), learned (the paper's results), batch."},
+    )
+    centers_learning_rate: float = field(
+        default=0.5, metadata={"help": "Constant learning rate of learned centers, the authors' value."}
+    )
+    centers_momentum: float = field(default=0.9, metadata={"help": "Momentum of the running means (centers: ema)."})
+    center_init: Literal["auto", "normal", "data"] = field(
+        default="auto",
+        metadata={
+            "help": "Start of learned centers: standard normal, or class means of one pass over the training images. "
+            "auto: normal when start_epoch is 0, as the authors; else data."
+        },
+    )
+    between_objective: BetweenObjective = field(
+        default="mean", metadata={"help": "L_B: mean (Eq. 15), min (Eq. 14, worst pair) or gram."}
+    )
+    within_reduction: Reduction = field(
+        default="mean", metadata={"help": "L_W: mean over classes (the authors' code) or sum (Eq. 13 as printed)."}
+    )
+    within_counts: Literal["batch", "train"] = field(
+        default="batch",
+        metadata={"help": "n_k of L_W: images in the update (the authors' code) or in the training set."},
+    )
+    replicate_leak: bool = field(
+        default=False,
+        metadata={
+            "help": "Before start_epoch keep both terms against random frozen centers, as the authors' code did."
+        },
+    )
+
+    # Parameters that control the supervised loss and re-balancing
+    loss: str = field(default="ce", metadata={"help": f"Supervised loss: {', '.join(SUPERVISED_LOSSES)}."})
+    class_weighting: ClassWeighting = field(
+        default="none", metadata={"help": "Class weights in the supervised loss: none, inverse, effective_number."}
+    )
+    effective_number_beta: float = field(default=0.9999, metadata={"help": "beta of the effective number."})
+    drw_epoch: float | None = field(
+        default=None, metadata={"help": "Epoch from which class_weighting applies (deferred re-weighting)."}
+    )
+    sampler: SamplerName = field(
+        default="instance",
+        metadata={"help": "Draw of training images: instance, class_balanced, square_root, effective_number."},
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "mixup with lambda ~ Beta(alpha, alpha); 0 is off."})
+    mixup_rule: Literal["weighted", "first"] = field(
+        default="weighted",
+        metadata={
+            "help": "Labels of a mixed feature in the collapse terms: both, weighted by lambda, "
+            "or the first alone, as the authors' code."
+        },
+    )
+
+    # Parameters that control the optimization
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD (`optim: sgd` has none by itself)."})
+    decay_all_parameters: bool = field(
+        default=False, metadata={"help": "Weight decay on biases and norms too, as the authors' code."}
+    )
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Epochs at which the learning rate is multiplied by lr_decay."}
+    )
+    lr_decay: float = field(default=0.1, metadata={"help": "Factor at each milestone."})
+    lr_cosine: bool = field(
+        default=False, metadata={"help": "Learning rate by half a cosine over the epochs, constant within each."}
+    )
+    warmup_epochs: float = field(
+        default=0.0,
+        metadata={"help": "Epochs e of linear warm-up, (e + 1) / warmup_epochs (with milestones or cosine)."},
+    )
+
+    # Parameters that control speed
+    precision: Precision = field(
+        default="auto",
+        metadata={"help": "auto: bf16 where the CPU or GPU has instructions for it, else fp16 on a GPU, else fp32."},
+    )
+    channels_last: bool | None = field(
+        default=None, metadata={"help": "Memory format of convolutions; None chooses: on with bf16 or fp16."}
+    )
+    expected_processes: int | None = field(
+        default=None, metadata={"help": "Refuse to start with another number of processes."}
+    )
+
+    # Defaults of TrainingArguments that do not suit images
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Drop columns the model does not take."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+
+    def __post_init__(self) -> None:
+        """Check the new settings before any device is touched."""
+        self._check()
+        super().__post_init__()
+        self._resolve_precision()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is no faster copy to prepare for
+        if self.max_steps <= 0:
+            self._warn_about_late_epochs()
+
+    def _check(self) -> None:
+        for name in ("within_weight", "between_weight", "start_epoch", "mixup_alpha", "warmup_epochs", "momentum"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
+        if self.loss not in SUPERVISED_LOSSES:
+            raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {self.loss!r}.")
+        if self.drw_epoch is not None and self.class_weighting == "none":
+            raise ValueError(
+                f"`drw_epoch` is {self.drw_epoch} but `class_weighting` is none: nothing would be deferred. "
+                "Set class_weighting: effective_number, or leave drw_epoch out."
+            )
+        if self.lr_milestones and self.lr_cosine:
+            raise ValueError("`lr_milestones` and `lr_cosine` are two schedules; set one of them.")
+        if self.warmup_epochs and not (self.lr_milestones or self.lr_cosine):
+            raise ValueError(
+                "`warmup_epochs` goes with `lr_milestones` or `lr_cosine`. "
+                "For the schedules of `lr_scheduler_type` use `warmup_steps`."
+            )
+        if self.centers == "learned" and self.collapse_enabled:
+            if self.within_weight == 0:
+                raise ValueError(
+                    "`centers: learned` needs within_weight > 0, since L_B reaches the features only through L_W. "
+                    "Use `centers: ema` or `batch` for L_B alone."
+                )
+            if self.optim != "sgd":
+                raise ValueError(
+                    f"`centers: learned` are trained by plain SGD and `optim` is {str(self.optim)!r}. "
+                    "Set optim: sgd, or use `centers: ema`, which needs no optimizer."
+                )
+
+    def _resolve_precision(self) -> None:
+        if self.mixed_precision != "no":  # bf16, fp16 or `accelerate launch --mixed_precision`
+            self.precision = self.mixed_precision
+        elif self.precision == "auto":
+            self.precision = _fast_precision(self.device)
+        self.mixed_precision = "no" if self.precision == "fp32" else self.precision
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        if self.channels_last is None:
+            self.channels_last = self.precision != "fp32"
+
+    def _warn_about_late_epochs(self) -> None:
+        for name in ("start_epoch", "drw_epoch"):
+            value = getattr(self, name)
+            if value is not None and resolve_epoch(value, self.num_train_epochs) >= self.num_train_epochs > 0:
+                logger.warning(
+                    "`%s` is %s but the run has %s epochs: it is never switched on.",
+                    name,
+                    value,
+                    self.num_train_epochs,
+                )
+
+    @property
+    def collapse_enabled(self) -> bool:
+        """Whether either collapse term has a weight."""
+        return self.within_weight > 0 or self.between_weight > 0
+
+
+@dataclass
+class RetrainingArguments(NCTrainingArguments):
+    """Settings of stage two, classifier re-training (cRT): a new head on a frozen backbone, classes drawn alike.
+
+    Defaults: those of methods that made cRT work on CIFAR-LT (10 epochs, learning rate 0.1 with a cosine to 0, weight
+    decay 5e-4, head drawn from N(0, 0.01), backbone in eval mode). No collapse terms, weights or mixup.
+    """
+
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of re-training."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the head."})
+    decay_all_parameters: bool = field(default=True, metadata={"help": "Weight decay on the bias too."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off."})
+    lr_cosine: bool = field(default=True, metadata={"help": "Cosine to 0 over the epochs."})
+    sampler: SamplerName = field(default="class_balanced", metadata={"help": "Draw of training images."})
+    within_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
+    between_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
+    head_init: Literal["new", "keep"] = field(
+        default="new", metadata={"help": "new: drawn from N(0, 0.01) with zero bias; keep: stage one's head."}
+    )
+    features: Literal["images", "cached"] = field(
+        default="images",
+        metadata={"help": "images: fresh augmentation each draw; cached: features computed once over several views."},
+    )
+    cached_views: int = field(default=4, metadata={"help": "Augmented views of each image (features: cached)."})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot act on a frozen backbone."""
+        if self.within_weight or self.between_weight:
+            raise ValueError(
+                f"stage two trains the head alone, where the collapse terms have no gradient: got within_weight="
+                f"{self.within_weight}, between_weight={self.between_weight}. Leave both at 0."
+            )
+        if self.cached_views < 1:
+            raise ValueError(f"`cached_views` must be at least 1, got {self.cached_views}.")
+        if self.features == "cached" and self.mixup_alpha:
+            raise ValueError("`features: cached` cannot mix images; set mixup_alpha to 0 or features to images.")
+        super().__post_init__()
+
+
+def _fast_precision(device: torch.device) -> Precision:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"

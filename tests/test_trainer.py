@@ -1,0 +1,443 @@
+"""NCTrainer: what enters the loss when, with which optimizer, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from small_images import COUNTS, SmallImages
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from nc_hf.losses.collapse import between_class_loss, within_class_loss
+from nc_hf.models.classifier import load_classifier
+from nc_hf.schedule import learning_rate_factor
+from nc_hf.trainer import NCTrainer
+from nc_hf.training_args import NCTrainingArguments
+
+
+@pytest.fixture(scope="module")
+def images() -> SmallImages:
+    return SmallImages()
+
+
+def arguments(folder, **settings) -> NCTrainingArguments:
+    defaults = {
+        "output_dir": str(folder),
+        "num_train_epochs": 4,
+        "per_device_train_batch_size": 36,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "precision": "fp32",
+    }
+    return NCTrainingArguments(**defaults | settings)
+
+
+def network(num_labels: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return load_classifier("resnet20_cifar", num_labels)[0]
+
+
+class NoBatchStatistics(nn.Module):
+    """A classifier whose outputs do not depend on the rest of the batch."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.Tanh())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixel_values):
+        return self.head(self.body(pixel_values))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def logged(trainer: Trainer, name: str) -> list[float | None]:
+    return [record.get(name) for record in trainer.state.log_history if "loss" in record]
+
+
+# ---- the loss ----
+
+
+def test_terms_are_absent_before_their_epoch_and_logged_unrounded_after(images, tmp_path):
+    args = arguments(tmp_path, centers="learned", start_epoch=0.5, class_weighting="inverse", drw_epoch=3)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append((model.collapse_active, model.weighting_active, model.collapse.centers.detach().clone()))
+
+    trainer = NCTrainer(network(), args, train_dataset=images, callbacks=[Watch()])
+    start = trainer.task.collapse.centers.detach().clone()
+    trainer.train()
+    steps_an_epoch = 3
+    assert [active for active, _, _ in seen] == [False] * 2 * steps_an_epoch + [True] * 2 * steps_an_epoch
+    assert [active for _, active, _ in seen] == [False] * 3 * steps_an_epoch + [True] * steps_an_epoch
+    assert all(torch.equal(centers, start) for _, _, centers in seen[: 2 * steps_an_epoch])
+    within = logged(trainer, "loss_within")
+    assert within[: 2 * steps_an_epoch] == [None] * 2 * steps_an_epoch
+    assert all(value > 0 and value != round(value, 5) for value in within[2 * steps_an_epoch :])
+    for record in [record for record in trainer.state.log_history if "loss" in record]:
+        terms = sum(value for name, value in record.items() if name.startswith("loss_"))
+        assert record["loss"] == pytest.approx(terms, rel=1e-5)
+
+
+def test_centers_start_as_class_means_of_the_data(images, tmp_path):
+    args = arguments(tmp_path, centers="learned", start_epoch=0.5, centers_learning_rate=0.0)
+    trainer = NCTrainer(network(), args, train_dataset=images)
+
+    class StopAtStart(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = trainer.task.collapse_active
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if (state.epoch or 0) > 1:
+                self.means = trainer.class_means(images)[0]
+
+    watch = StopAtStart()
+    trainer.add_callback(watch)
+    trainer.train()
+    torch.testing.assert_close(trainer.task.collapse.centers.detach(), watch.means)
+
+
+def test_the_authors_leak_is_there_only_on_request(images, tmp_path):
+    args = arguments(tmp_path, centers="learned", start_epoch=0.5, replicate_leak=True)
+    trainer = NCTrainer(network(), args, train_dataset=images)
+    start = trainer.task.collapse.centers.detach().clone()
+    trainer.train()
+    assert all(value > 0 for value in logged(trainer, "loss_within"))
+    assert not torch.equal(trainer.task.collapse.centers, start)
+
+
+def test_loss_of_a_step_equals_the_formula(images, tmp_path):
+    """Weighted cross entropy, L_W and L_B of the first update, from the parts."""
+    model = NoBatchStatistics()
+    before = copy.deepcopy(model)
+    args = arguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=len(images),
+        centers="learned",
+        class_weighting="inverse",
+        within_weight=0.3,
+        between_weight=0.7,
+        learning_rate=0.0,
+        centers_learning_rate=0.0,
+    )
+    trainer = NCTrainer(model, args, train_dataset=images)
+    centers = trainer.task.collapse.centers.detach().clone()
+    trainer.train()
+    order = list(trainer._get_train_sampler())
+    batch = images.__getitems__(order)
+    features = before.body(batch["pixel_values"])
+    class_weights = torch.tensor([1 / count for count in COUNTS])
+    expected = F.cross_entropy(before.head(features), batch["labels"], weight=class_weights)
+    expected = expected + 0.3 * within_class_loss(features, batch["labels"], centers)
+    expected = expected + 0.7 * between_class_loss(centers)
+    assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixup_rule": "first"}, {"class_weighting": "effective_number"}])
+def test_accumulation_equals_one_large_batch(images, tmp_path, settings):
+    """Exact for learned centers: counts and weight sums are those of the whole update."""
+
+    def run(batch_size: int, accumulation: int) -> tuple[NCTrainer, list[float]]:
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            centers="learned",
+            max_steps=5,
+            **settings,
+        )
+        trainer = NCTrainer(NoBatchStatistics(), args, train_dataset=images)
+        trainer.train()
+        return trainer, logged(trainer, "loss")
+
+    (whole, whole_losses), (parts, part_losses) = run(36, 1), run(9, 4)
+    np.testing.assert_allclose(part_losses, whole_losses, rtol=1e-5)
+    for (name, a), b in zip(whole.task.state_dict().items(), parts.task.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_mixup_mixes_by_a_function_of_seed_and_step(images, tmp_path):
+    def run(seed: int) -> list[float]:
+        args = arguments(tmp_path, mixup_alpha=0.5, max_steps=4, seed=seed, data_seed=0)
+        trainer = NCTrainer(NoBatchStatistics(), args, train_dataset=images)
+        torch.rand(seed + 5)
+        trainer.train()
+        return logged(trainer, "loss_supervised")
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_other_centers_train_without_an_optimizer_of_their_own(images, tmp_path, mode):
+    trainer = NCTrainer(network(), arguments(tmp_path, centers=mode, optim="adamw_torch"), train_dataset=images)
+    trainer.train()
+    assert len(trainer.optimizer.param_groups) == 2
+    assert all(math.isfinite(value) for value in logged(trainer, "loss_between"))
+
+
+def test_mean_squared_error_and_label_smoothing(images, tmp_path):
+    for settings in ({"loss": "mse"}, {"label_smoothing_factor": 0.1}):
+        model = NoBatchStatistics()
+        args = arguments(
+            tmp_path, max_steps=1, learning_rate=0.0, per_device_train_batch_size=200, within_weight=0,
+            between_weight=0, **settings,
+        )  # fmt: skip
+        trainer = NCTrainer(model, args, train_dataset=images)
+        trainer.train()
+        batch = images.__getitems__(list(trainer._get_train_sampler()))
+        logits, labels = model(batch["pixel_values"]), batch["labels"]
+        if "loss" in settings:
+            expected = nn.MSELoss()(logits, F.one_hot(labels, 4).float())
+        else:
+            expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        assert logged(trainer, "loss")[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ---- optimizer and schedule ----
+
+
+def test_groups_of_the_optimizer(images, tmp_path):
+    args = arguments(tmp_path, centers="learned", weight_decay=5e-4, decay_all_parameters=True)
+    trainer = NCTrainer(network(), args, train_dataset=images)
+    trainer.create_optimizer()
+    groups = {len(group["params"]): group for group in trainer.optimizer.param_groups if group["params"]}
+    assert set(groups) == {1, len(list(trainer.classifier.parameters()))}
+    centers, rest = groups.pop(1), groups.popitem()[1]
+    assert (centers["lr"], centers["momentum"], centers["weight_decay"]) == (0.5, 0.0, 0.0)
+    assert (rest["lr"], rest["momentum"], rest["weight_decay"]) == (0.05, 0.9, 5e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr_milestones": [0.5, 3]}, {"lr_cosine": True, "warmup_epochs": 2}, {"lr_scheduler_type": "cosine"}],
+)
+def test_centers_keep_their_learning_rate_under_any_schedule(images, tmp_path, settings):
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    args = arguments(tmp_path, centers="learned", **settings)
+    NCTrainer(network(), args, train_dataset=images, callbacks=[Watch()]).train()
+    assert {row[-1] for row in rates} == {0.5}
+    assert len({row[0] for row in rates}) > 1
+
+
+def test_learning_rates_by_epoch_are_the_papers(golden, tmp_path):
+    """0.1, times 0.1 at 160 and 180 of 200, after five epochs of warm-up; fractions keep the shape of a short run."""
+    args = arguments(tmp_path, lr_milestones=[0.8, 0.9], warmup_epochs=0.025, learning_rate=0.1)
+    ours = [args.learning_rate * learning_rate_factor(args, 200)(epoch) for epoch in range(200)]
+    cases = [case for case in golden("lr_schedules") if "mislas" in json.dumps(case["settings"]) + case.get("note", "")]
+    expected = next(case["outputs"] for case in cases if "step" in json.dumps(case))
+    np.testing.assert_allclose(ours, expected["lr"] if isinstance(expected, dict) else expected, rtol=1e-9)
+    short = learning_rate_factor(args, 20)
+    assert [round(short(epoch), 10) for epoch in (0, 1, 15, 16, 17, 18, 19)] == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_clipping_leaves_the_centers_alone(images, tmp_path):
+    def centers_after(max_grad_norm: float) -> torch.Tensor:
+        args = arguments(tmp_path, centers="learned", max_grad_norm=max_grad_norm, max_steps=1)
+        trainer = NCTrainer(NoBatchStatistics(), args, train_dataset=images)
+        trainer.train()
+        return trainer.task.collapse.centers.detach()
+
+    assert torch.equal(centers_after(0), centers_after(1e-6))
+
+
+# ---- drop-in ----
+
+
+def test_a_hugging_face_model_and_a_plain_dataset_train_as_with_trainer(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8,
+        num_labels=4,
+    )  # fmt: skip
+    source = SmallImages()
+    rows = [
+        {"pixel_values": image, "labels": int(label)}
+        for image, label in zip(source.images, source.labels, strict=True)
+    ]
+    args = arguments(tmp_path, optim="adamw_torch", learning_rate=1e-3, eval_strategy="epoch", num_train_epochs=2)
+    trainer = NCTrainer(ViTForImageClassification(config), args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < math.log(4)
+    assert isinstance(trainer.classifier, ViTForImageClassification)
+    trainer.save_model(str(tmp_path / "saved"))
+    again = ViTForImageClassification.from_pretrained(tmp_path / "saved")
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, trainer.classifier.state_dict()[name])
+
+
+def test_precision_and_memory_format_are_chosen_and_logged(tmp_path):
+    fast = NCTrainingArguments(output_dir=str(tmp_path))
+    assert (fast.precision == "fp32") != (fast.bf16 or fast.fp16)
+    assert fast.channels_last == (fast.precision != "fp32")
+    assert NCTrainingArguments(output_dir=str(tmp_path), bf16=True, use_cpu=True).precision == "bf16"
+    slow = NCTrainingArguments(output_dir=str(tmp_path), precision="fp32", channels_last=True)
+    assert (slow.bf16, slow.fp16, slow.channels_last) == (False, False, True)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(images, tmp_path):
+    def losses(**settings) -> list[float]:
+        args = arguments(tmp_path, centers="learned", max_steps=3, **settings)
+        trainer = NCTrainer(network(), args, train_dataset=images)
+        trainer.train()
+        return logged(trainer, "loss")
+
+    np.testing.assert_allclose(losses(activation_checkpointing=True), losses(), rtol=1e-5)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"within_weight": -1}, "`within_weight` must be at least 0, got -1"),
+        ({"start_epoch": -3}, "`start_epoch` must be at least 0"),
+        ({"loss": "hinge"}, "`loss` must be one of ce, mse, got 'hinge'"),
+        ({"drw_epoch": 0.9}, "`class_weighting` is none"),
+        ({"centers": "learned", "optim": "adamw_torch"}, "trained by plain SGD.*use `centers: ema`"),
+        ({"centers": "learned", "within_weight": 0}, "needs within_weight > 0"),
+        ({"lr_milestones": [1], "lr_cosine": True}, "two schedules"),
+        ({"warmup_epochs": 2}, "use `warmup_steps`"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)
+
+
+def test_a_term_that_never_starts_is_warned_of(tmp_path, caplog):
+    arguments(tmp_path, start_epoch=9)
+    assert "`start_epoch` is 9 but the run has 4 epochs: it is never switched on" in caplog.text
+
+
+def test_a_head_of_another_size_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="has 7 outputs but the training data have 4 classes.*num_labels=4"):
+        NCTrainer(network(7), arguments(tmp_path), train_dataset=images)
+
+
+def test_missing_counts_and_labels_are_asked_for(images, tmp_path):
+    rows = [{"pixel_values": images.images[0], "labels": 0}]
+    with pytest.raises(ValueError, match="Pass class_counts"):
+        NCTrainer(network(), arguments(tmp_path, class_weighting="inverse"), train_dataset=rows)
+    trainer = NCTrainer(network(), arguments(tmp_path, sampler="class_balanced"), train_dataset=rows)
+    with pytest.raises(ValueError, match="needs the labels of list"):
+        trainer.train()
+
+
+def test_a_foreign_loss_function_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="would replace the loss of NCTrainer"):
+        NCTrainer(network(), arguments(tmp_path), train_dataset=images, compute_loss_func=lambda *a: 0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
+    images = SmallImages()
+    trainer = NCTrainer(network(), arguments(tmp_path, max_steps=3), train_dataset=images)
+    first = trainer._get_train_sampler().labels  # all labels known: poison one image of the second batch
+    assert len(first) == len(images)
+    order = [index for index, _ in trainer._get_train_sampler()]
+    images.images[order[40]] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"not finite at step 2 \(in .*loss_supervised.*learning rate"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert all(parameter.isfinite().all() for parameter in trainer.classifier.parameters())
+    assert json.loads((tmp_path / "nonfinite_rank0.json").read_text())["step"] == 2
+
+
+# ---- resume ----
+
+
+RESUMED = {
+    "learned": {"centers": "learned", "start_epoch": 0.5, "mixup_alpha": 0.2, "lr_milestones": [0.5, 0.75]},
+    "ema": {"centers": "ema", "sampler": "class_balanced", "class_weighting": "effective_number", "drw_epoch": 0.75},
+    "accumulated": {"centers": "learned", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 18},
+}
+
+
+@pytest.mark.parametrize("stop_at", [4, 6, 8])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_ends_in_the_same_bits(images, tmp_path, name, stop_at):
+    """Stopped mid-epoch and at an epoch's end, before and after the collapse terms start."""
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == stop_at:
+                control.should_save = control.should_training_stop = True
+
+    def trainer(folder: str, *callbacks: TrainerCallback) -> NCTrainer:
+        args = arguments(tmp_path / folder, **RESUMED[name])
+        return NCTrainer(network(), args, train_dataset=images, callbacks=list(callbacks))
+
+    straight = trainer("straight")
+    straight.train()
+    killed = trainer("killed", Kill())
+    killed.train()
+    assert killed.state.global_step == stop_at
+    assert any(not torch.equal(a, b) for a, b in zip(killed.task.parameters(), straight.task.parameters(), strict=True))
+    resumed = trainer("killed")
+    torch.rand(7)
+    resumed.train(resume_from_checkpoint=True)
+    for (key, a), b in zip(straight.task.state_dict().items(), resumed.task.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    assert logged(resumed, "loss")[stop_at:] == logged(straight, "loss")[stop_at:]
+
+
+def test_resume_takes_the_newest_complete_checkpoint(images, tmp_path, caplog):
+    args = arguments(tmp_path, save_strategy="epoch", num_train_epochs=3)
+    NCTrainer(network(), args, train_dataset=images).train()
+    broken = tmp_path / "checkpoint-9" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    trainer = NCTrainer(network(), args, train_dataset=images)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-9 was not written to its end and is skipped" in caplog.text
+    assert [record["step"] for record in trainer.state.log_history if "loss" in record] == list(range(1, 10))
+
+
+def test_resume_with_nothing_saved_starts_afresh(images, tmp_path):
+    trainer = NCTrainer(network(), arguments(tmp_path, max_steps=1), train_dataset=images)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+
+
+def test_a_checkpoint_without_centers_is_refused(images, tmp_path):
+    args = arguments(tmp_path, save_strategy="epoch", num_train_epochs=1, within_weight=0, between_weight=0)
+    NCTrainer(network(), args, train_dataset=images).train()
+    with_centers = NCTrainer(network(), arguments(tmp_path, centers="learned"), train_dataset=images)
+    with pytest.raises(ValueError, match="has no collapse.centers.*use centers: batch"):
+        with_centers.train(resume_from_checkpoint=True)
+
+
+def test_saved_folder_opens_in_timm(images, tmp_path):
+    trainer = NCTrainer(network(), arguments(tmp_path, max_steps=2), train_dataset=images)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = trainer.classifier.eval()(images.images[:5])
+        torch.testing.assert_close(again(images.images[:5]), expected, rtol=0, atol=1e-6)
