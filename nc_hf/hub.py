@@ -78,15 +78,21 @@ def save_pretrained(
 
 
 def _save_timm(model: nn.Module, folder: Path, label_names: Sequence[str] | None) -> None:
-    from timm.models import save_for_hf
+    from timm.models._hub import save_config_for_hf
 
     names = list(label_names) if label_names is not None else [str(k) for k in range(model.num_classes)]
-    save_for_hf(model, str(folder), safe_serialization=True, model_config={"label_names": names})
+    save_file(_contiguous(model), folder / WEIGHTS)
+    save_config_for_hf(model, str(folder / "config.json"), model_config={"label_names": names})
     config = json.loads((folder / "config.json").read_text())
     # transformers passes num_classes itself, and timm cannot read a null.
     arguments = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
     config["model_args"] = arguments
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _contiguous(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, packed: weights in channels-last format are not."""
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _save_transformers(
@@ -95,7 +101,7 @@ def _save_transformers(
     if label_names is not None:
         model.config.id2label = dict(enumerate(label_names))
         model.config.label2id = {name: k for k, name in enumerate(label_names)}
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=_contiguous(model))
     if image_processor is not None:
         image_processor.save_pretrained(folder)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 
 from nc_hf.checkpoints import check_names, mark_complete, newest_complete
 from nc_hf.data.augment import draw_mixup, mix
@@ -23,6 +23,7 @@ from nc_hf.hub import save_pretrained
 from nc_hf.labels import counts_of, labels_of
 from nc_hf.models.classifier import feature_dim
 from nc_hf.rebalancing import EpochSampler, mix_seeds
+from nc_hf.run_log import RunLog
 from nc_hf.schedule import epoch_scheduler, hold_constant
 from nc_hf.task import ClassificationTask, build_task
 from nc_hf.training_args import NCTrainingArguments, resolve_epoch
@@ -87,6 +88,8 @@ class NCTrainer(Trainer):
             kwargs["processing_class"] = None  # a timm model's own config keeps these settings
         self.user_callbacks = kwargs.get("callbacks")
         super().__init__(model=None if model is None else wrap(model), args=args, **kwargs)
+        if any(isinstance(callback, RunLog) for callback in self.callback_handler.callbacks):
+            self.remove_callback(PrinterCallback)  # one line an epoch is enough
         self.label_names = ["labels"]
         self.label_smoother = None  # label smoothing is part of the task's loss
         self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
@@ -323,6 +326,10 @@ class NCTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state = self.task.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state.items()})  # from channels last
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_names(Path(resume_from_checkpoint), self.task.state_dict())

@@ -1,10 +1,174 @@
-"""Image augmentation; mixup."""
+"""Image transforms as functions of (seed, draw, index), for whole batches and for single images; mixup."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
 import numpy as np
+import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
+
+Augmentation = Literal["none", "crop", "crop_flip", "resized_crop", "rand_augment"]
+
+BATCHED = ("none", "crop", "crop_flip")
+RAND_AUGMENT = "rand-n2-m10-mstd0.5"
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From a decoded image to the model's input.
+
+    Evaluation resizes the shorter side to size / crop_pct and crops the center. Training does the same and then, by
+    `augmentation`:
+
+    * `"none"`: nothing; `"crop"`: a random crop after padding by an eighth (4 pixels of 32) with black; `"crop_flip"`:
+      that and a horizontal flip, the augmentation of CIFAR;
+
+    or, from the image in its own size:
+
+    * `"resized_crop"`: RandomResizedCrop, flip, color jitter (0.4, 0.4, 0.4), the standard of ImageNet-LT;
+    * `"rand_augment"`: RandomResizedCrop, flip, color jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, gray with 0.2,
+      RandAugment `rand-n2-m10-mstd0.5`, as the authors' code for ImageNet-LT.
+
+    Args:
+        size: (H, W) of the input in pixels.
+        mean: of the three channels, for values in [0, 1].
+        std: of the three channels, for values in [0, 1].
+        interpolation: `"bilinear"`, `"bicubic"`, `"nearest"` or `"lanczos"`.
+        crop_pct: share of the resized image that the center crop keeps.
+        augmentation: of training images.
+
+    Raises:
+        ValueError: for an unknown augmentation.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bilinear"
+    crop_pct: float = 1.0
+    augmentation: Augmentation = "none"
+
+    def __post_init__(self) -> None:
+        """Check the name of the augmentation."""
+        known = (*BATCHED, "resized_crop", "rand_augment")
+        if self.augmentation not in known:
+            raise ValueError(f"`augmentation` must be one of {', '.join(known)}, got {self.augmentation!r}.")
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether training images can be kept decoded at the input size and augmented as a batch."""
+        return self.augmentation in BATCHED
+
+    def to_size(self, image: PIL.Image.Image) -> Tensor:
+        """Resize and center-crop a decoded RGB image, as timm evaluates: (H, W, 3) uint8."""
+        if image.size != self.size[::-1] or self.crop_pct != 1:
+            image = self._evaluation(image)
+        return torch.from_numpy(np.array(image))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels last in memory."""
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return images.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std).permute(0, 3, 1, 2)
+
+    def augment_batch(self, images: Tensor, seed: int, draws: np.ndarray, indices: np.ndarray) -> Tensor:
+        """Crop and flip images (B, H, W, 3) uint8, each by a function of (seed, its draw, its index)."""
+        if self.augmentation == "none":
+            return images
+        _, height, width, _ = images.shape
+        pad_y, pad_x = height // 8, width // 8
+        uniform = draw_uniform(seed, draws, indices, 3)
+        top, left = (uniform[:, i] * (2 * pad + 1) for i, pad in ((0, pad_y), (1, pad_x)))
+        rows = top.astype(np.int64)[:, None] + np.arange(height)
+        columns = left.astype(np.int64)[:, None] + np.arange(width)
+        if self.augmentation == "crop_flip":
+            flipped = uniform[:, 2] < 0.5
+            columns[flipped] = columns[flipped, ::-1]
+        padded = F.pad(images, (0, 0, pad_x, pad_x, pad_y, pad_y))
+        batch = torch.arange(len(images))[:, None, None]
+        return padded[batch, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]]
+
+    def augment_one(self, image: PIL.Image.Image, seed: int, draw: int, index: int) -> Tensor:
+        """Augment one decoded RGB image: (H, W, 3) uint8."""
+        draws, indices = np.array([draw]), np.array([index])
+        if self.is_batched:
+            return self.augment_batch(self.to_size(image)[None], seed, draws, indices)[0]
+        with seeded(int(draw_uniform(seed, draws, indices, 1)[0, 0] * 2**32)):
+            return torch.from_numpy(np.array(self._training(image)))
+
+    @cached_property
+    def _evaluation(self) -> v2.Transform:
+        resized = [int(side / self.crop_pct) for side in self.size]
+        shorter = resized[0] if self.size[0] == self.size[1] else resized
+        return v2.Compose([v2.Resize(shorter, self._interpolation), v2.CenterCrop(self.size)])
+
+    @cached_property
+    def _training(self) -> v2.Transform:
+        steps: list[Any] = [
+            v2.RandomResizedCrop(self.size, interpolation=self._interpolation),
+            v2.RandomHorizontalFlip(),
+        ]
+        if self.augmentation == "resized_crop":
+            return v2.Compose([*steps, v2.ColorJitter(0.4, 0.4, 0.4)])
+        from timm.data.auto_augment import rand_augment_transform
+
+        settings = {
+            "translate_const": int(min(self.size) * 0.45),
+            "img_mean": tuple(min(255, round(255 * channel)) for channel in self.mean),
+        }
+        steps += [
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            rand_augment_transform(RAND_AUGMENT, settings),
+        ]
+        return v2.Compose(steps)
+
+    @property
+    def _interpolation(self) -> v2.InterpolationMode:
+        return v2.InterpolationMode(self.interpolation)
+
+
+def draw_uniform(seed: int, draws: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), (B, count) float64, each row a function of (seed, draw, index) alone.
+
+    A counter-based generator (the finalizer of SplitMix64, Steele et al. 2014): no state, no order, no Python loop over
+    images.
+    """
+    keys = _scramble(np.uint64(seed) + np.zeros(len(draws), dtype=np.uint64))
+    for number in (draws, indices):
+        keys = _scramble(keys ^ _scramble(np.asarray(number).astype(np.uint64)))
+    counters = _scramble(keys[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (counters >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _scramble(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch's CPU, and put them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def draw_mixup(batch_size: int, alpha: float, seed: int) -> tuple[float, Tensor]:

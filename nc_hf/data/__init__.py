@@ -1,0 +1,1 @@
+"""Long-tailed splits of any labelled image data set, and image sets that feed a trainer."""

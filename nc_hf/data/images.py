@@ -1,0 +1,234 @@
+"""Image sets that feed a trainer: decoded in memory (`ResidentImages`) or decoded as they are read (`StreamedImages`).
+
+A key of either set is an index, for the image as evaluation sees it, or a pair (index, draw) for its augmentation
+number `draw`, a function of (seed, draw, index) alone. So training is the same on any number of processes and workers,
+and a resumed run sees the images that the interrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Dataset, Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nc_hf.data.augment import ImageTransform
+from nc_hf.data.columns import dataset_labels, find_image_column
+
+logger = logging.getLogger(__name__)
+
+InputPath = Literal["auto", "resident", "streamed"]
+Key = int | tuple[int, int]
+
+MAX_RESIDENT_BYTES = 8 * 2**30
+LONG_WORK = 5000  # images from which decoding shows its progress
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """What both sets share: labels, class counts, and whole batches ready for the model.
+
+    Attributes:
+        labels: (N,) int64.
+        class_counts: (K,) int64.
+        class_names: K names.
+        skipped: unreadable images that were left out.
+    """
+
+    accepts_draws = True
+
+    def __init__(self, dataset: Dataset, transform: ImageTransform, seed: int) -> None:
+        self.transform, self.seed, self.skipped = transform, seed, 0
+        self.labels, self.class_names = dataset_labels(dataset)
+        column = find_image_column(dataset)
+        self.encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False)).with_format(None)
+        self.column = column
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """Images of each class, (K,) int64."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> dict[str, Tensor]:
+        """One image without a batch axis."""
+        batch = self.__getitems__([key])
+        return {name: values[0] for name, values in batch.items()}
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:
+        """A ready batch: `pixel_values` (B, 3, H, W) float32, channels last in memory, and `labels` (B,) int64."""
+        pairs = [key if isinstance(key, tuple) else (key, -1) for key in keys]
+        indices, draws = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        images = self._images(indices, draws)
+        return {"pixel_values": self.transform.normalize(images), "labels": torch.from_numpy(self.labels[indices])}
+
+    def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8; a draw of -1 is the image as evaluation sees it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The collator of a data loader over this set: batches are ready."""
+        return batch
+
+    def _decode(self, row: int) -> PIL.Image.Image:
+        return decode_image(self.encoded[row][self.column], f"row {row}")
+
+    def _drop(self, bad: list[int]) -> None:
+        self.skipped += len(bad)
+        kept = np.setdiff1d(np.arange(len(self)), bad)
+        self.labels, self.encoded = self.labels[kept], self.encoded.select(kept)
+        logger.warning("%d unreadable images are left out, the first in row %d", len(bad), bad[0])
+
+
+class ResidentImages(ImageSet):
+    """All images decoded at the input size in one uint8 tensor; batches are augmented without a loop over images."""
+
+    def __init__(self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error") -> None:
+        super().__init__(dataset, transform, seed)
+        if not transform.is_batched:
+            raise ValueError(
+                f"`input_path: resident` cannot do augmentation {transform.augmentation!r}, which works on images in "
+                "their own size. Use input_path: streamed, or augmentation crop_flip."
+            )
+        pixels = torch.empty(len(self), *transform.size, 3, dtype=torch.uint8)
+        bad = []
+
+        def fill(row: int) -> None:
+            try:
+                pixels[row] = transform.to_size(self._decode(row))
+            except ValueError:
+                if on_bad_image == "error":
+                    raise
+                bad.append(row)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            rows = range(len(self))
+            for _ in tqdm(pool.map(fill, rows), "decode", len(self), disable=None if len(self) >= LONG_WORK else True):
+                pass
+        if bad:
+            keep = torch.ones(len(self), dtype=torch.bool)
+            keep[bad] = False
+            pixels = pixels[keep]
+            self._drop(sorted(bad))
+        self.pixels = pixels
+
+    def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
+        images = self.pixels[torch.from_numpy(indices)]
+        drawn = draws >= 0
+        if drawn.all():
+            return self.transform.augment_batch(images, self.seed, draws, indices)
+        if drawn.any():
+            rows = torch.from_numpy(np.flatnonzero(drawn))
+            images[rows] = self.transform.augment_batch(images[rows], self.seed, draws[drawn], indices[drawn])
+        return images
+
+
+class StreamedImages(ImageSet):
+    """Images decoded when they are asked for, in the workers of a data loader; for sets of any size."""
+
+    def __init__(self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error") -> None:
+        super().__init__(dataset, transform, seed)
+        if on_bad_image == "skip":
+            bad = []
+            for row in tqdm(range(len(self)), "check", disable=None if len(self) >= LONG_WORK else True):
+                try:
+                    self._decode(row)
+                except ValueError:
+                    bad.append(row)
+            if bad:
+                self._drop(bad)
+
+    def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
+        images = []
+        for index, draw in zip(indices.tolist(), draws.tolist(), strict=True):
+            image = self._decode(index)
+            images.append(
+                self.transform.to_size(image) if draw < 0 else self.transform.augment_one(image, self.seed, draw, index)
+            )
+        return torch.stack(images)
+
+
+def decode_image(encoded: dict[str, Any], where: str) -> PIL.Image.Image:
+    """An image in RGB, whatever its mode was.
+
+    Args:
+        encoded: `{"bytes": …, "path": …}` as `datasets` stores images.
+        where: names the image in errors, for one without a path.
+
+    Raises:
+        ValueError: for a file that cannot be read, is cut off, or is so large that it looks like an attack.
+    """
+    source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
+    try:
+        with PIL.Image.open(source) as image:
+            limit = PIL.Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        name = encoded.get("path") or where
+        raise ValueError(
+            f"the image {name} ({where}) cannot be read: {error}. Repair or remove it, or set on_bad_image: skip."
+        ) from error
+
+
+def load_images(
+    dataset: Dataset,
+    transform: ImageTransform,
+    *,
+    input_path: InputPath = "auto",
+    seed: int = 0,
+    on_bad_image: Literal["error", "skip"] = "error",
+) -> ImageSet:
+    """The image set of one split, resident when its images fit in memory decoded.
+
+    Args:
+        dataset: with an image column and a label column.
+        transform: to the model's input.
+        input_path: `"auto"`, or the one to use; the choice is logged.
+        seed: of the augmentation.
+        on_bad_image: `"error"` names an unreadable image, `"skip"` leaves it out and counts it.
+
+    Raises:
+        ValueError: for an unknown choice, or when resident images cannot have the augmentation.
+    """
+    for name, value, choices in (
+        ("input_path", input_path, ("auto", "resident", "streamed")),
+        ("on_bad_image", on_bad_image, ("error", "skip")),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+    needed = len(dataset) * transform.size[0] * transform.size[1] * 3
+    room = min(MAX_RESIDENT_BYTES, _free_memory() // 4)
+    chosen = input_path
+    if input_path == "auto":
+        chosen = "resident" if transform.is_batched and needed <= room else "streamed"
+    logger.info(
+        "input path %s%s: %d images, %.0f MB decoded, augmentation %s",
+        chosen,
+        " (chosen by size)" if input_path == "auto" else "",
+        len(dataset),
+        needed / 1e6,
+        transform.augmentation,
+    )
+    images = ResidentImages if chosen == "resident" else StreamedImages
+    return images(dataset, transform, seed, on_bad_image)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free now."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return MAX_RESIDENT_BYTES

@@ -1,0 +1,144 @@
+"""The train, validation and test split of any labelled image data set, under one pair of column names."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
+
+from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
+from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
+from nc_hf.data.long_tail import Profile, make_long_tailed, train_validation_split
+
+logger = logging.getLogger(__name__)
+
+BUILDERS = {"cifar10": Cifar10, "cifar100": Cifar100, "fashion_mnist": FashionMnist, "digits": Digits}
+VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+def load_splits(
+    dataset: str | Dataset | DatasetDict,
+    *,
+    data_dir: str | None = None,
+    config_name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    imbalance_ratio: float | None = None,
+    profile: Profile = "exponential",
+    seed: int = 0,
+    validation_fraction: float = 0.0,
+    test_split: str | None = None,
+    cache_dir: str | None = None,
+) -> DatasetDict:
+    """Load a data set as `train`, and `validation` and `test` where there are any, with columns `image` and `label`.
+
+    Args:
+        dataset: a benchmark of ours (`"cifar10"`, `"cifar100"`, `"fashion_mnist"`, `"digits"`, `"imagenet_lt"`,
+            `"places_lt"`, `"inaturalist2018"`), `"imagefolder"` or `"parquet"` with `data_dir`, a Hub id, or a data
+            set in memory.
+        data_dir: folder with the files.
+        config_name: configuration of a Hub data set.
+        image_column: found when None.
+        label_column: found when None.
+        imbalance_ratio: thin the training images out to this ratio; None leaves them as they are.
+        profile: of the long tail.
+        seed: of the long tail and of the validation split.
+        validation_fraction: of each training class to hold out where there is no validation split.
+        test_split: name of the split to test on; `"test"` when None and there is one.
+        cache_dir: of `datasets`.
+
+    Raises:
+        ValueError: for unusable columns, labels or splits.
+        FileNotFoundError: when the images are not there.
+    """
+    if isinstance(dataset, str) and dataset in BUILDERS:
+        builder_class = BUILDERS[dataset]
+        settings = {} if imbalance_ratio is None else {"imbalance_ratio": float(imbalance_ratio)}
+        builder = builder_class(
+            config_name="balanced", data_dir=data_dir, cache_dir=cache_dir, profile=profile, seed=seed, **settings
+        )
+        builder.download_and_prepare()
+        logger.info("%s", builder.info.description)
+        found = builder.as_dataset()
+        imbalance_ratio = None
+    else:
+        found = _load_any(dataset, data_dir, config_name, cache_dir)
+    chosen = _choose_splits(found, test_split, validation_fraction)
+    splits = {name: _canonical(split, image_column, label_column) for name, split in chosen.items()}
+    _same_classes(splits)
+    if imbalance_ratio is not None:
+        splits["train"] = make_long_tailed(splits["train"], imbalance_ratio, profile, seed)
+    if validation_fraction and "validation" not in splits:
+        splits["train"], splits["validation"] = train_validation_split(splits["train"], validation_fraction, seed)
+    return DatasetDict(splits)
+
+
+def _load_any(
+    dataset: str | Dataset | DatasetDict, data_dir: str | None, config_name: str | None, cache_dir: str | None
+) -> DatasetDict:
+    if isinstance(dataset, Dataset):
+        return DatasetDict(train=dataset)
+    if isinstance(dataset, DatasetDict):
+        return dataset
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, str):
+        raise ValueError(
+            f"a data set of type {type(dataset).__name__} has no length and no counts of its classes; load it without "
+            "streaming."
+        )
+    try:
+        return load_dataset(dataset, config_name, data_dir=data_dir, cache_dir=cache_dir)
+    except Exception as error:  # the library has many kinds of them; all mean that there are no images
+        raise FileNotFoundError(
+            f"the data set {dataset!r} (data_dir {data_dir}) could not be loaded: {type(error).__name__}: "
+            f"{str(error)[:300]}. It must be one of {', '.join(BUILDERS)}, imagefolder or parquet with data_dir, or a "
+            "Hub id (user/name)."
+        ) from error
+
+
+def _choose_splits(found: DatasetDict, test_split: str | None, validation_fraction: float) -> dict[str, Any]:
+    names = ", ".join(found)
+    if "train" not in found:
+        raise ValueError(f"the data set has no split named train; it has {names}.")
+    if test_split is not None and test_split not in found:
+        raise ValueError(f"`test_split` is {test_split!r}; the data set has {names}.")
+    test = test_split or ("test" if "test" in found else None)
+    validation = next((name for name in VALIDATION_NAMES if name in found and name != test), None)
+    chosen = {"train": found["train"]}
+    if validation is not None:
+        chosen["validation"] = found[validation]
+    if test is not None:
+        chosen["test"] = found[test]
+    if len(chosen) == 1 and not validation_fraction:
+        raise ValueError(
+            f"there is nothing to evaluate on: the data set has {names} alone. Name a split by `test_split`, or set "
+            "`validation_fraction: 0.1` to hold a part of train out."
+        )
+    return chosen
+
+
+def _canonical(dataset: Dataset, image_column: str | None, label_column: str | None) -> Dataset:
+    """Only the columns `image` and `label`, with checked labels of type `ClassLabel`."""
+    image, label = find_image_column(dataset, image_column), find_label_column(dataset, label_column)
+    _, names = dataset_labels(dataset, label)
+    dataset = dataset.with_format(None).select_columns([image, label])
+    if not isinstance(dataset.features[label], ClassLabel):
+        dataset = dataset.cast_column(label, ClassLabel(names=names))
+    renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    return dataset.rename_columns(renamed) if renamed else dataset
+
+
+def _same_classes(splits: dict[str, Dataset]) -> None:
+    expected = splits["train"].features["label"].names
+    for name, split in splits.items():
+        names = split.features["label"].names
+        if names != expected:
+            differing = sorted(set(names) ^ set(expected))[:5]
+            raise ValueError(
+                f"train has {len(expected)} classes and {name} has {len(names)}, not the same ones "
+                f"(for instance {', '.join(differing)}). Labels must mean the same in all splits."
+            )
+    empty = np.flatnonzero(np.bincount(dataset_labels(splits["train"])[0], minlength=len(expected)) == 0)
+    if len(empty):
+        logger.warning("%d classes have no training image, the first is %r", len(empty), expected[empty[0]])

@@ -1,0 +1,229 @@
+"""Train with the collapse terms, re-train the head, and report: one command from a recipe to results.json.
+
+    accelerate launch recipes/train.py                                         # digits-LT, a minute on a laptop
+    accelerate launch recipes/train.py recipes/cifar10_lt/nc_drw_crt.yaml --data.data_dir <folder>
+    accelerate launch --config_file recipes/accelerate/cpu_2.yaml recipes/train.py --stage1.expected_processes 2
+
+Any setting of a recipe can be overridden by `--section.key value`. The same command again resumes a run that was
+interrupted, and shows the table of one that is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HEADS = {"stage1": "base", "stage2": "crt"}
+logger = logging.getLogger("nc_hf.recipes.train")
+
+
+def main(arguments: list[str]) -> None:
+    """Run the recipe named by the first argument with the overrides that follow it."""
+    from nc_hf.recipe import dump_recipe, load_recipe, recipe_digest
+
+    default = str(Path(__file__).parent / "digits_lt" / "nc_drw_crt.yaml")
+    path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else default
+    recipe = load_recipe(path, arguments)
+    state = start_processes(recipe.stage1 or recipe.stage2)
+
+    from nc_hf.results import read_results, results_table, write_results
+
+    run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
+    digest, results = recipe_digest(recipe), read_results(run / "results.json")
+    if results and results["recipe_digest"] != digest:
+        raise SystemExit(
+            f"{run} holds the results of another recipe (digest {results['recipe_digest']}, this one is {digest}). "
+            "Choose another --name or --output_dir, or remove that folder."
+        )
+    stages = [stage for stage in HEADS if getattr(recipe, stage) is not None]
+    if state.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    if any(HEADS[stage] not in results.get("heads", {}) for stage in stages):
+        images, model, processor = load_data_and_model(recipe)
+        results = results or start_results(recipe, images, digest)
+        for stage in stages:
+            if HEADS[stage] in results["heads"]:
+                continue
+            trainer = train_stage(stage, recipe, run, images, model, processor)
+            report_stage(stage, trainer, recipe, run, images, results)
+            if state.is_main_process:
+                write_results(run / "results.json", results)
+            state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"\n{run / 'results.json'}\n{results_table(results)}")
+    state.destroy_process_group()
+
+
+def start_processes(stage: dict[str, Any]) -> Any:
+    """Set up processes, logging and threads; refuse another number of processes than the recipe asks for."""
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger("nc_hf").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
+    expected = stage.get("expected_processes")
+    if expected is not None and expected != state.num_processes:
+        raise SystemExit(
+            f"the recipe asks for {expected} processes (expected_processes) but {state.num_processes} started. "
+            "Launch with a file of recipes/accelerate/ (`accelerate launch --cpu --num_processes 2` starts one)."
+        )
+    # On a CPU, accelerate's launcher leaves one thread to each process.
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
+    return state
+
+
+def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
+    """The image set of each split, and the classifier with its image processor."""
+    from nc_hf.data.augment import ImageTransform
+    from nc_hf.data.images import load_images
+    from nc_hf.data.splits import load_splits
+    from nc_hf.models.classifier import image_settings, load_classifier
+
+    data, spec = recipe.data, recipe.model
+    splits = load_splits(
+        data.dataset,
+        data_dir=data.data_dir,
+        config_name=data.config_name,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        imbalance_ratio=data.imbalance_ratio,
+        profile=data.profile,
+        seed=data.seed,
+        validation_fraction=data.validation_fraction,
+        test_split=data.test_split,
+        cache_dir=data.cache_dir,
+    )
+    names = splits["train"].features["label"].names
+    seed_everything(recipe.seed)
+    model, processor = load_classifier(
+        spec.name,
+        len(names),
+        names,
+        pretrained=spec.pretrained,
+        revision=spec.revision,
+        image_size=spec.image_size,
+        **spec.model_args,
+    )
+    transform = ImageTransform(**image_settings(model, processor), augmentation=data.augmentation)
+    images = {}
+    for name, split in splits.items():
+        images[name] = load_images(
+            split, transform, input_path=data.input_path, seed=recipe.seed, on_bad_image=data.on_bad_image
+        )
+        counts = images[name].class_counts
+        logger.info("%s: %d images, %d classes of %d to %d", name, len(split), len(counts), counts.max(), counts.min())
+    return images, model, processor
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, so that the first weights follow from the recipe."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str, Any]:
+    """What results.json says before any stage is done."""
+    from nc_hf.results import environment
+
+    data, train = recipe.data, images["train"]
+    dataset = {"name": data.dataset, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
+    return {
+        "recipe_digest": digest,
+        "seed": recipe.seed,
+        "model": recipe.model.name,
+        "dataset": dataset | {"class_names": train.class_names, "class_counts": train.class_counts.tolist()},
+        "skipped_images": {name: split.skipped for name, split in images.items() if split.skipped},
+        "heads": {},
+        "geometry": {},
+        "training": {},
+        **environment(),
+    }
+
+
+def train_stage(stage: str, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any) -> Any:
+    """Train one stage, resumed where it was interrupted, and return its trainer."""
+    from nc_hf.models.classifier import load_classifier
+    from nc_hf.retraining import retrain_classifier
+    from nc_hf.run_log import RunLog
+    from nc_hf.trainer import NCTrainer
+    from nc_hf.training_args import NCTrainingArguments, RetrainingArguments
+
+    settings = {
+        "output_dir": str(run / "checkpoints" / stage),
+        "seed": recipe.seed,
+        "logging_strategy": "epoch",
+        "eval_strategy": "epoch" if "validation" in images else "no",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "per_device_eval_batch_size": recipe.evaluation.batch_size,
+        "report_to": "none",
+        "disable_tqdm": not sys.stderr.isatty(),
+    } | getattr(recipe, stage)
+    args = (NCTrainingArguments if stage == "stage1" else RetrainingArguments)(**settings)
+    log = RunLog(run / "log.jsonl", stage)
+    shared = {
+        "head": recipe.model.head,
+        "processing_class": processor,
+        "eval_dataset": images.get("validation"),
+        "compute_metrics": validation_metrics(recipe, images["train"]),
+        "callbacks": [log],
+    }
+    started = time.perf_counter()
+    if stage == "stage1":
+        trainer = NCTrainer(model, args, train_dataset=images["train"], **shared)
+        trainer.train(resume_from_checkpoint=True)
+    else:
+        if (run / "stage1").is_dir():
+            model, _ = load_classifier(str(run / "stage1"))
+        trainer = retrain_classifier(model, images["train"], args, resume_from_checkpoint=True, **shared)
+    trainer.wall = {"seconds": time.perf_counter() - started, **log.speed()}
+    return trainer
+
+
+def validation_metrics(recipe: Any, train: Any) -> Any:
+    """Metrics of the validation split, shown after each epoch."""
+    from nc_hf.metrics import compute_metrics_for
+
+    evaluation = recipe.evaluation
+    return compute_metrics_for(
+        train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
+    )
+
+
+def report_stage(
+    stage: str, trainer: Any, recipe: Any, run: Path, images: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Measure a stage's classifier, once on the test split, and save it."""
+    from nc_hf.evaluation import evaluate_classifier, geometry_of
+    from nc_hf.hub import load_heads
+
+    head, train, evaluation = HEADS[stage], images["train"], recipe.evaluation
+    split = "test" if "test" in images else "validation"
+    results["split"] = split
+    results["heads"][head] = evaluate_classifier(
+        trainer, images[split], train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
+    )
+    results["training"][stage] = trainer.wall
+    if evaluation.geometry:
+        results["geometry"][head] = {name: geometry_of(trainer, images[name]) for name in ("train", split)}
+    means, _ = trainer.class_means(train)
+    trainer.export(
+        str(run / stage),
+        head_name=head,
+        heads=load_heads(run / "stage1")[0] if stage == "stage2" else {},
+        class_means=means,
+        metadata={"stage": stage, "recipe_digest": results["recipe_digest"], "seed": recipe.seed},
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

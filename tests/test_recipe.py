@@ -1,0 +1,421 @@
+"""Recipes: strict reading, overrides, the resolved YAML and the digest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nc_hf.recipe import (
+    DataConfig,
+    EvaluationConfig,
+    HubConfig,
+    ModelConfig,
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    recipe_digest,
+)
+from nc_hf.recipe_file import read_entries
+from nc_hf.training_args import NCTrainingArguments, RetrainingArguments
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted(ROOT.glob("recipes/*_lt/*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write_recipe(text: str, name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_recipe
+
+
+def refused(path: Path, message: str, line: int | None = None, overrides: tuple[str, ...] = ()) -> None:
+    """Loading must fail, naming the file, the line and what is wrong."""
+    with pytest.raises(ValueError) as error:
+        load_recipe(path, overrides)
+    assert message in str(error.value)
+    if line is not None:
+        assert f"{path}:{line}: " in str(error.value)
+
+
+# ---- Values ----
+
+
+def test_values_take_the_declared_type(write: Callable) -> None:
+    recipe = load_recipe(
+        write("""
+name: 0100
+seed: 7
+model:
+  revision: 2024-01-01
+  pretrained: yes
+  image_size: 0032
+data:
+  imbalance_ratio: 1e2
+  dataset: no
+  config_name: 1e-4
+stage1:
+  learning_rate: 1e-4
+  per_device_train_batch_size: 128
+  decay_all_parameters: on
+  lr_milestones: [0.8, 9e-1]
+  eval_strategy: no
+  logging_strategy: epoch
+  torch_compile_mode: null
+  drw_epoch: ~
+evaluation:
+  geometry: off
+""")
+    )
+    assert recipe.name == "0100" and recipe.seed == 7
+    assert recipe.model == ModelConfig(revision="2024-01-01", pretrained=True, image_size=32)
+    assert recipe.data == DataConfig(imbalance_ratio=100.0, dataset="no", config_name="1e-4")
+    assert recipe.evaluation == EvaluationConfig(geometry=False)
+    given = ("learning_rate", "per_device_train_batch_size", "decay_all_parameters", "lr_milestones")
+    assert [recipe.stage1[key] for key in given] == [1e-4, 128, True, [0.8, 0.9]]
+    assert type(recipe.stage1["learning_rate"]) is float and type(recipe.stage1["per_device_train_batch_size"]) is int
+    assert recipe.stage1["eval_strategy"] == "no" and recipe.stage1["logging_strategy"] == "epoch"
+    assert recipe.stage1["torch_compile_mode"] is None and recipe.stage1["drw_epoch"] is None
+
+
+def test_untyped_mappings_read_numbers_but_nothing_else(write: Callable) -> None:
+    recipe = load_recipe(
+        write("""
+model:
+  model_args: {drop_rate: 1e-1, depth: 3, act: "1e-1", scale: 0100, deep: {flag: True}, none: null, ids: [1, x]}
+""")
+    )
+    expected = {"drop_rate": 0.1, "depth": 3, "act": "1e-1", "scale": "0100"}
+    assert recipe.model.model_args == expected | {"deep": {"flag": True}, "none": None, "ids": [1, "x"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("stage1:\n  learning_rate: fast\n", 2, "`stage1.learning_rate` must be float, got 'fast'"),
+        ("stage1:\n  learning_rate: null\n", 2, "must be float, got None"),
+        ("stage1:\n  learning_rate: .nan\n", 2, "must be float, got '.nan'"),
+        ("stage1:\n  learning_rate: [0.1]\n", 2, "must be float, got ['0.1']"),
+        ("stage1:\n  lr_milestones: 0.8\n", 2, "must be list[float] | None, got '0.8'"),
+        ("stage1:\n  bf16: maybe\n", 2, "must be bool, got 'maybe'"),
+        ("stage1:\n  centers: learnt\n", 2, "'learned'"),
+        ("stage1:\n  optim: sdg\n", 2, "'sgd'"),
+        ("data:\n  profile: exp\n", 2, "'exponential'"),
+        ("data:\n\n  imbalance_ratio: 0.01\n", 3, "must be float | None, got '0.01' (Input should be greater than"),
+        ("data:\n  validation_fraction: 1\n", 2, "less than 1"),
+        ("model:\n  name: [resnet]\n", 2, "must be str"),
+        ("seed: -1\n", 1, "`seed` must be int"),
+        ("model: resnet32_cifar\n", 1, "`model` is a section"),
+    ],
+)
+def test_wrong_types_name_line_key_value_and_type(write: Callable, text: str, line: int, message: str) -> None:
+    refused(write(text), message, line)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (
+            "stage1:\n  learning_rte: 1\n",
+            2,
+            "no setting `stage1.learning_rte`. The nearest one is `stage1.learning_rate`",
+        ),
+        ("stage_1:\n  x: 1\n", 1, "no setting `stage_1`. The nearest one is `stage1`"),
+        ("data:\n  imbalance_factor: 0.01\n", 2, "`data.imbalance_ratio`"),
+        ("model:\n  imbalance_ratio: 100\n", 2, "The nearest one is `data.imbalance_ratio`"),
+        ("env:\n  HOME: /tmp\n", 1, "no setting `env`"),
+        ("stage1:\n  output_dir: x\n", 2, "top level"),
+        ("stage2:\n  seed: 1\n", 2, "top level"),
+        ("stage1:\n  push_to_hub: true\n", 2, "`hub`"),
+        ("hub:\n  token: x\n", 2, "no setting `hub.token`"),
+        ("stage1:\n  head_init: keep\n", 2, "`stage2.head_init`"),
+        ("data:\n  seed: 1\n  dataset: a\n  seed: 2\n", 4, "`seed` is given twice, first in line 2"),
+        ("data:\n  seed: 1\ndata:\n  dataset: a\n", 3, "`data` is given twice"),
+        ("model:\n  model_args: {a: 1, a: 2}\n", 2, "`a` is given twice"),
+    ],
+)
+def test_unknown_and_repeated_keys(write: Callable, text: str, line: int, message: str) -> None:
+    refused(write(text), message, line)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("name: ${HOME}\n", 1, "variables are not expanded"),
+        ("data:\n  data_dir: '${HOME}/images'\n", 2, "variables are not expanded"),
+        ("name: !!python/object/apply:os.system ['echo']\n", 1, "tags"),
+        ("name: !env HOME\n", 1, "tags"),
+        ("name: !!str 1\n", 1, "tags"),
+        ("data: &d\n  seed: 1\nmodel: *d\n", 1, "anchors"),
+        ("data:\n  <<: {seed: 1}\n", 2, "no setting `data.<<`"),
+        ("name: [\n", 2, "not valid YAML"),
+        ("name: a\n---\nname: b\n", 2, "not valid YAML"),
+        ("data:\n\tseed: 1\n", 2, "not valid YAML"),
+        ("- a\n", 1, "`key: value`"),
+        ("? [a]\n: b\n", 1, "plain text"),
+    ],
+)
+def test_only_plain_data_is_read(write: Callable, text: str, line: int, message: str) -> None:
+    refused(write(text), message, line)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"name: \xff\xfe\x00")
+    refused(tmp_path / "recipe.yaml", "not valid YAML")
+
+
+def test_a_token_is_refused_and_never_echoed(write: Callable) -> None:
+    token = "hf_" + 30 * "x"
+    for path, overrides in [
+        (write(f"stage1:\n  hub_token: {token}\n", "a.yaml"), ()),
+        (write(f"name: {token}\n", "b.yaml"), ()),
+        (write(f"model:\n  model_args: {{token: {token}}}\n", "c.yaml"), ()),
+        (None, ("--hub.repo_id", token)),
+        (None, (f"--stage1.hub_token={token}",)),
+    ]:
+        with pytest.raises(ValueError, match="hf auth login") as error:
+            load_recipe(path, overrides)
+        assert token not in str(error.value)
+    with pytest.raises(ValueError, match="hf auth login"):
+        Recipe(stage1={"hub_token": token})
+
+
+def test_missing_file() -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_recipe("nowhere.yaml")
+
+
+# ---- Sections, extends, overrides ----
+
+
+def test_no_recipe_is_the_defaults(write: Callable) -> None:
+    assert load_recipe(None) == Recipe() == load_recipe(write("# nothing\n"))
+    assert Recipe().stage2 is None and Recipe().stage1 is not None
+
+
+def test_empty_sections(write: Callable) -> None:
+    recipe = load_recipe(write("model:\ndata: {}\nstage1: null\nstage2: {}\n"))
+    assert (recipe.model, recipe.data, recipe.stage1) == (ModelConfig(), DataConfig(), None)
+    assert recipe.stage2["sampler"] == "class_balanced"
+    refused(write("stage1: null\n"), "both `stage1` and `stage2` are null")
+
+
+def test_extends_merges_key_by_key(write: Callable) -> None:
+    write("name: grand\nseed: 3\nstage1:\n  learning_rate: 0.1\n  weight_decay: 5e-4\nstage2:\n", "grand.yaml")
+    write("extends: ../grand.yaml\nname: parent\nstage1:\n  weight_decay: 0\nstage2: {}\n", "sub/parent.yaml")
+    child = write("extends: sub/parent.yaml\nstage1:\n  mixup_alpha: 0.2\nstage2: null\n", "child.yaml")
+    recipe = load_recipe(child)
+    assert (recipe.name, recipe.seed, recipe.stage2) == ("parent", 3, None)
+    settings = ("learning_rate", "weight_decay", "mixup_alpha")
+    assert [recipe.stage1[key] for key in settings] == [0.1, 0.0, 0.2]
+    assert load_recipe(child.parent / "sub/parent.yaml").stage2 is not None
+
+
+def test_bad_extends(write: Callable) -> None:
+    first = write("name: a\nextends: second.yaml\n", "first.yaml")
+    second = write("extends: first.yaml\n", "second.yaml")
+    with pytest.raises(ValueError, match="leads back") as error:
+        load_recipe(first)
+    assert f"{second}:1: " in str(error.value)
+    refused(write("extends: recipe.yaml\n"), "leads back", 1)
+    refused(write("extends: [a.yaml, b.yaml]\n"), "one recipe", 1)
+    with pytest.raises(FileNotFoundError, match="recipe.yaml:2: there is no recipe"):
+        load_recipe(write("\nextends: nowhere.yaml\n"))
+    broken = write("stage1:\n  learning_rte: 1\n", "broken.yaml")
+    with pytest.raises(ValueError, match="learning_rate") as error:
+        load_recipe(write("extends: broken.yaml\n"))
+    assert f"{broken}:2: " in str(error.value)
+
+
+def test_overrides(write: Callable) -> None:
+    path = write("name: a\nstage1:\n  learning_rate: 0.1\n  drw_epoch: 0.9\nstage2: {}\n")
+    overrides = ["--stage1.learning_rate", "1e-2", "--stage1.learning-rate=2e-2", "--stage1.drw_epoch", "null"]
+    overrides += ["--stage1.lr_milestones", "[0.5, 0.75]", "--model.pretrained", "--evaluation.geometry=no"]
+    overrides += ["--model.model_args", "{drop_rate: 0.1}", "--seed", "5", "--name=b=c", "--stage2", "null"]
+    recipe = load_recipe(path, overrides)
+    assert (recipe.name, recipe.seed, recipe.stage2) == ("b=c", 5, None)
+    assert recipe.stage1["learning_rate"] == 0.02 and recipe.stage1["drw_epoch"] is None
+    assert recipe.stage1["lr_milestones"] == [0.5, 0.75]
+    assert recipe.model == ModelConfig(pretrained=True, model_args={"drop_rate": 0.1})
+    assert recipe.evaluation.geometry is False
+    assert load_recipe(None, ["--stage2.head_init", "keep"]).stage2["head_init"] == "keep"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--stage1.learning_rte", "1"], "--stage1.learning_rte: there is no setting .*`stage1.learning_rate`"),
+        (["--stage3.learning_rate", "1"], "no section `stage3`. The nearest one is `stage[12]`"),
+        (["--learning_rate", "1"], "no setting `learning_rate`. The nearest one is `stage1.learning_rate`"),
+        (["--stage1.learning_rate", "fast"], "--stage1.learning_rate: .* must be float, got 'fast'"),
+        (["--stage1.learning_rate"], "must be float, got 'true'"),
+        (["learning_rate", "1"], "'learning_rate' is no option"),
+        (["--seed", "1", "2"], "'2' is no option"),
+        (["--extends", "a.yaml"], "no setting `extends`"),
+        (["--stage1", "x"], "no setting `stage1`"),
+        (["--name", "${HOME}"], "variables are not expanded"),
+        (["--stage1.lr_milestones", "[0.5"], "--stage1.lr_milestones:1: not valid YAML"),
+        (["--stage1.lr_milestones", "[!!int 1]"], "tags"),
+    ],
+)
+def test_bad_overrides(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe(None, overrides)
+
+
+def test_overlapping_thresholds_are_refused() -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        load_recipe(None, ["--evaluation.few_below", "200"])
+
+
+# ---- Stages, the resolved recipe ----
+
+
+def test_stages_build_their_arguments(tmp_path: Path) -> None:
+    recipe = load_recipe(None, ["--stage1.learning_rate", "0.3", "--stage2.cached_views", "2", "--stage1.use_cpu"])
+    stage1 = NCTrainingArguments(**recipe.stage1, output_dir=str(tmp_path), seed=recipe.seed)
+    stage2 = RetrainingArguments(**recipe.stage2, output_dir=str(tmp_path), seed=recipe.seed, use_cpu=True)
+    assert stage1.learning_rate == 0.3 and stage2.cached_views == 2
+    plain = NCTrainingArguments(output_dir=str(tmp_path), seed=recipe.seed, use_cpu=True, learning_rate=0.3)
+    assert stage1.to_dict() == plain.to_dict()
+
+
+def test_a_stage_keeps_what_was_given_even_where_it_is_a_default() -> None:
+    """The default learning rate of TrainingArguments is 5e-5, that of stage two is 0.1."""
+    recipe = load_recipe(None, ["--stage2.learning_rate", "5e-5", "--stage2.save_strategy", "steps"])
+    assert recipe.stage2["learning_rate"] == 5e-5 and recipe.stage2["save_strategy"] == "steps"
+    assert load_recipe(None, ["--stage2.head_init", "new"]).stage2["learning_rate"] == 0.1
+
+
+def test_dump_says_our_defaults_and_not_those_of_training_arguments() -> None:
+    lines = [line.strip() for line in dump_recipe(Recipe()).splitlines()]
+    assert "centers: ema" in lines and "remove_unused_columns: false" in lines
+    assert not [line for line in lines if line.startswith(("adam_beta1", "logging_steps", "hub_", "seed: 42"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_recipes_load_and_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    dumped = tmp_path / "recipe.yaml"
+    dumped.write_text(dump_recipe(recipe))
+    assert load_recipe(dumped) == recipe
+    assert recipe_digest(load_recipe(dumped)) == recipe_digest(recipe)
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert len(SHIPPED) >= 5
+
+
+plain_text = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12)
+awkward = st.sampled_from(
+    ["null", "~", "", "yes", "0100", "1e-4", "12", "true", "2024-01-01", "a: b", "# x", "- x", "*x"]
+)
+texts = (plain_text | awkward).filter(lambda text: "${" not in text)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 10) | st.floats(-1e9, 1e9) | texts,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(texts, children, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    name=st.none() | texts,
+    arguments=st.dictionaries(texts, values, max_size=3),
+    rate=st.floats(0, 1e3),
+    milestones=st.none() | st.lists(st.floats(0, 1), max_size=3),
+)
+def test_dump_round_trips(
+    tmp_path_factory: pytest.TempPathFactory, name: str | None, arguments: dict, rate: float, milestones: list | None
+) -> None:
+    recipe = Recipe(
+        name=name,
+        model=ModelConfig(model_args=arguments),
+        stage1={"learning_rate": rate, "lr_milestones": milestones, "lr_scheduler_kwargs": arguments},
+        stage2={"weight_decay": rate},
+        hub=HubConfig(repo_id=name),
+    )
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+
+
+# ---- Digest ----
+
+
+def digest(*overrides: str, checksum: str | None = None) -> str:
+    base = ["--data.imbalance_ratio", "100", "--stage1.mixup_alpha", "0.2", "--stage2.head_init", "keep"]
+    return recipe_digest(load_recipe(None, [*base, *overrides]), checksum)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--seed", "1"),
+        ("--data.seed", "1"),
+        ("--data.imbalance_ratio", "10"),
+        ("--data.dataset", "cifar10"),
+        ("--data.augmentation", "crop"),
+        ("--model.name", "resnet20_cifar"),
+        ("--model.model_args", "{drop_rate: 0.1}"),
+        ("--stage1.learning_rate", "0.2"),
+        ("--stage1.precision", "fp32"),
+        ("--stage1.dataloader_drop_last",),
+        ("--stage2.learning_rate", "0.2"),
+        ("--stage2", "null"),
+        ("--stage1", "null"),
+    ],
+)
+def test_digest_changes_with_what_changes_the_weights(overrides: tuple[str, ...]) -> None:
+    assert digest(*overrides) != digest()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--name", "other"),
+        ("--output_dir", "elsewhere"),
+        ("--data.data_dir", "/images"),
+        ("--data.cache_dir", "/cache"),
+        ("--hub.repo_id", "me/model"),
+        ("--evaluation.batch_size", "7"),
+        ("--stage1.logging_steps", "7"),
+        ("--stage1.save_strategy", "no"),
+        ("--stage2.report_to", "tensorboard"),
+        ("--stage1.dataloader_num_workers", "4"),
+        ("--stage1.within_weight", "0.01"),  # the default, written out
+    ],
+)
+def test_digest_does_not_change_with_paths_hub_and_logging(overrides: tuple[str, ...]) -> None:
+    assert digest(*overrides) == digest()
+
+
+def test_digest_of_data() -> None:
+    assert digest(checksum="a") != digest(checksum="b") != digest()
+    one, other = digest("--data.dataset", "/home/a/birds"), digest("--data.dataset", "../b/birds")
+    assert one == other != digest("--data.dataset", "/home/a/fish")
+    assert len(one) == 16 and set(one) <= set("0123456789abcdef")
+
+
+def test_a_new_setting_leaves_old_digests_alone() -> None:
+    """Only what differs from a default counts, so the defaults of today may gain members."""
+    recipe = load_recipe(None)
+    without = dataclasses.replace(recipe)
+    without.stage1 = {key: value for key, value in recipe.stage1.items() if key != "mixup_rule"}
+    assert recipe_digest(without) == recipe_digest(recipe)
+
+
+def test_entries_know_their_lines(write: Callable) -> None:
+    path = write("# comment\nname: a\n\ndata:\n  seed: 1\n")
+    entries = read_entries(path)
+    assert entries["name"] == ("a", f"{path}:2")
+    assert entries["data"].value["seed"] == ("1", f"{path}:5")
