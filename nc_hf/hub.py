@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from nc_hf.models.classifier import WEIGHTS, find_head, load_classifier
+from nc_hf.models.classifier import WEIGHTS, find_head, load_classifier, local_folder
 
 HEADS = "nc_heads.safetensors"
 FORMAT = 1
@@ -41,7 +43,7 @@ def save_pretrained(
     Args:
         model: a plain timm model, a transformers model, or a timm model in transformers' wrapper.
         folder: created if need be; other files in it stay.
-        label_names: K names; `"0"` to `"K-1"` when None.
+        label_names: K names; the model's own, or else `"0"` to `"K-1"`, when None.
         image_processor: of a transformers model, saved beside it.
         heads: state dicts of heads by name.
         active_head: name of the head in `model.safetensors`.
@@ -49,40 +51,64 @@ def save_pretrained(
         class_means: (K, P) means of the training features.
         class_counts: (K,) training images per class.
         metadata: further entries of the key `nc_hf`, JSON values.
+
+    Raises:
+        ValueError: for a model of neither library, or another number of names than classes.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    model = getattr(model, "timm_model", model)
+    folder, inner = Path(folder), getattr(model, "timm_model", model)
+    label_names = _label_names(model, label_names)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         staged = Path(temporary)
-        if hasattr(model, "pretrained_cfg"):
-            _save_timm(model, staged, label_names)
+        if hasattr(inner, "pretrained_cfg"):
+            _save_timm(inner, staged, label_names)
         else:
-            _save_transformers(model, staged, label_names, image_processor)
-        extras = {"centers": centers, "class_means": class_means}
-        tensors = {name: tensor for name, tensor in extras.items() if tensor is not None}
+            _save_transformers(inner, staged, label_names, image_processor)
+        tensors = {"centers": centers, "class_means": class_means}
+        tensors["class_counts"] = None if class_counts is None else torch.as_tensor(class_counts)
         for head, state in (heads or {}).items():
             tensors |= {f"heads.{head}.{name}": tensor for name, tensor in state.items()}
-        if class_counts is not None:
-            tensors["class_counts"] = torch.as_tensor(class_counts)
-        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, staged / HEADS)
+        # A clone each, since safetensors refuses tensors that share memory.
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if t is not None}
+        save_file(tensors, staged / HEADS)
         config = json.loads((staged / "config.json").read_text())
-        counts = {} if class_counts is None else {"class_counts": [int(count) for count in class_counts]}
         config["nc_hf"] = {"format": FORMAT, "active_head": active_head, "heads": sorted(heads or {})}
-        config["nc_hf"] |= counts | dict(metadata or {})
+        if class_counts is not None:
+            config["nc_hf"]["class_counts"] = [int(count) for count in class_counts]
+        config["nc_hf"] |= metadata or {}
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        folder.mkdir(exist_ok=True)
+        for path in staged.glob("*.safetensors"):
+            shutil.copymode(staged / "config.json", path)  # safetensors makes files that only their owner reads
         for path in sorted(staged.iterdir(), key=lambda path: path.name == WEIGHTS):
             os.replace(path, folder / path.name)
     return folder
 
 
-def _save_timm(model: nn.Module, folder: Path, label_names: Sequence[str] | None) -> None:
-    from timm.models._hub import save_config_for_hf
+def _label_names(model: nn.Module, label_names: Sequence[str] | None) -> list[str]:
+    """The names given, else the model's own, else numbers."""
+    if hasattr(model, "pretrained_cfg"):
+        num_labels, own = model.num_classes, model.pretrained_cfg.get("label_names")
+    elif hasattr(model, "config"):
+        num_labels, own = model.config.num_labels, list(model.config.id2label.values())
+    else:
+        raise ValueError(
+            f"{type(model).__name__} is neither a timm model nor a transformers one, so no other library could open "
+            "its folder. Save its state_dict with safetensors instead."
+        )
+    if label_names is not None and len(label_names) != num_labels:
+        raise ValueError(f"{len(label_names)} label names were given for a model with {num_labels} classes.")
+    if label_names is None and isinstance(own, list | tuple) and len(own) == num_labels:
+        label_names = own
+    return [str(k) for k in range(num_labels)] if label_names is None else [str(name) for name in label_names]
 
-    names = list(label_names) if label_names is not None else [str(k) for k in range(model.num_classes)]
-    save_file(_contiguous(model), folder / WEIGHTS)
-    save_config_for_hf(model, str(folder / "config.json"), model_config={"label_names": names})
+
+def _save_timm(model: nn.Module, folder: Path, label_names: list[str]) -> None:
+    # safetensors refuses the channels_last weights of a model that was trained so.
+    hook = model.register_state_dict_post_hook(_make_contiguous)
+    try:
+        save_for_hf(model, str(folder), safe_serialization=True, model_config={"label_names": label_names})
+    finally:
+        hook.remove()
     config = json.loads((folder / "config.json").read_text())
     # transformers passes num_classes itself, and timm cannot read a null.
     arguments = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
@@ -90,18 +116,14 @@ def _save_timm(model: nn.Module, folder: Path, label_names: Sequence[str] | None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _contiguous(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, packed: weights in channels-last format are not."""
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    state.update({name: tensor.contiguous() for name, tensor in state.items()})
 
 
-def _save_transformers(
-    model: nn.Module, folder: Path, label_names: Sequence[str] | None, image_processor: Any
-) -> None:
-    if label_names is not None:
-        model.config.id2label = dict(enumerate(label_names))
-        model.config.label2id = {name: k for k, name in enumerate(label_names)}
-    model.save_pretrained(folder, state_dict=_contiguous(model))
+def _save_transformers(model: nn.Module, folder: Path, label_names: list[str], image_processor: Any) -> None:
+    model.config.id2label = dict(enumerate(label_names))
+    model.config.label2id = {name: k for k, name in enumerate(label_names)}
+    model.save_pretrained(folder)
     if image_processor is not None:
         image_processor.save_pretrained(folder)
 
@@ -112,7 +134,7 @@ def load_heads(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[s
     tensors = load_file(path) if path.is_file() else {}
     heads: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith("heads.")]:
-        _, head, parameter = name.split(".")
+        head, _, parameter = name.removeprefix("heads.").rpartition(".")
         heads.setdefault(head, {})[parameter] = tensors.pop(name)
     return heads, tensors
 
@@ -130,8 +152,6 @@ def load_pretrained(
     Raises:
         ValueError: when the folder has no such head.
     """
-    from nc_hf.models.classifier import local_folder
-
     folder = local_folder(str(folder), revision)
     model, processor = load_classifier(str(folder))
     if head is not None:

@@ -39,16 +39,17 @@ DIGEST_VERSION = 1
 
 UNTOLD_PREFIXES = ("logging_", "log_level", "save_", "eval_", "per_device_eval_", "trackio_", "do_")
 UNTOLD = (
-    *(
-        "log_on_each_node",
-        "report_to",
-        "run_name",
-        "project",
-        "disable_tqdm",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-    ),
-    *("dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "skip_memory_metrics"),
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "log_on_each_node",
+    "project",
+    "report_to",
+    "resume_from_checkpoint",
+    "run_name",
+    "skip_memory_metrics",
 )
 
 
@@ -92,11 +93,11 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_digest(recipe: Recipe, data_checksum: str | None = None) -> str:
-    """16 hexadecimal digits that change with anything that changes a run's weights, and with nothing else.
+    """16 hexadecimal digits that change with the settings that decide a run's weights, and with no others.
 
     They cover the data's identity, the model, both stages and the seed, but no folder, nothing of the Hub and nothing
-    of logging, saving or evaluation. A `precision` of auto is covered as such: put the resolved one into the stages
-    first where results of different machines must differ.
+    of logging, saving or evaluation. What the machine decides is not in a recipe: the number of processes, and the
+    precision where it is auto. Put the resolved precision into the stages first where it must count.
 
     Args:
         recipe: of the run.

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from nc_hf.models.classifier import feature_dim, find_head, freeze_backbone, reset_head
+from nc_hf.models.classifier import find_head, freeze_backbone, reset_head
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import RetrainingArguments
 

@@ -172,7 +172,7 @@ class ClassificationTask(nn.Module):
             self.classifier.set_grad_checkpointing(True)
         else:
             raise ValueError(
-                f"{type(self.classifier).__name__} has no activation checkpointing; set activation_checkpointing: false."
+                f"{type(self.classifier).__name__} cannot recompute activations; leave activation_checkpointing off."
             )
 
 
@@ -201,8 +201,8 @@ def build_task(
     num_classes = head_module.weight.shape[0]
     if class_counts is not None and len(class_counts) != num_classes:
         raise ValueError(
-            f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes. "
-            f"Load the model with num_labels={len(class_counts)}."
+            f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes."
+            f" Load the model with num_labels={len(class_counts)}."
         )
     if class_counts is None and (args.class_weighting != "none" or args.within_counts == "train"):
         raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
 from nc_hf.checkpoints import check_names, mark_complete, newest_complete
@@ -188,10 +188,11 @@ class NCTrainer(Trainer):
         path = Path(self.args.output_dir) / f"nonfinite_rank{self.args.process_index}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1))
+        where = ", ".join(bad) or "another process"
         raise FloatingPointError(
-            f"the loss is not finite at step {step} (in {', '.join(bad) or 'another process'}), learning rate {rate:g}. The weights are still those "
-            f"of the step before; {path.name} in the output folder has the terms. Lower the learning rate, or set "
-            "precision: fp32."
+            f"the loss is not finite at step {step} (in {where}), learning rate {rate:g}. The weights are still "
+            f"those of the step before; {path.name} in the output folder has the terms. Lower the learning rate, or "
+            "set precision: fp32."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -212,14 +213,22 @@ class NCTrainer(Trainer):
         if labels is None:
             if self.args.sampler != "instance":
                 raise ValueError(
-                    f"`sampler: {self.args.sampler}` needs the labels of {type(dataset).__name__}. Give it an attribute "
-                    "`labels` with one integer per image, or use a `datasets.Dataset` with a ClassLabel column."
+                    f"`sampler: {self.args.sampler}` needs the labels of {type(dataset).__name__}. Give it an "
+                    "attribute `labels` with one integer per image, or use a `datasets.Dataset`."
                 )
             return super()._get_train_sampler(dataset)
         with_draws = getattr(dataset, "accepts_draws", False)
         return EpochSampler(
             labels, self.args.sampler, seed=self.args.data_seed or self.args.seed, with_draws=with_draws
         )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in `Trainer`, but `dataloader_drop_last` is for training: an evaluation sees every image."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def set_initial_training_values(self, args: NCTrainingArguments, dataloader: Any) -> tuple:
         """Also keeps the number of epochs and of updates an epoch, which schedules need."""

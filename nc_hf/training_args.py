@@ -35,9 +35,9 @@ def resolve_epoch(value: float, num_epochs: float) -> float:
 class NCTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the paper's terms, re-balancing and schedules.
 
-    Where these differ from the defaults of `TrainingArguments`: `remove_unused_columns` is False (image transforms need
-    the image column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run). Settings of time
-    (`start_epoch`, `drw_epoch`, `lr_milestones`, `warmup_epochs`) count epochs when they are 1 or more and are
+    Where these differ from the defaults of `TrainingArguments`: `remove_unused_columns` is False (image transforms
+    need the image column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
+    `start_epoch`, `drw_epoch`, `lr_milestones` and `warmup_epochs` count epochs when they are 1 or more and are
     fractions of the run when they are less than 1.
 
     The weights of the terms are those of the paper's Table 1 for CIFAR-10.

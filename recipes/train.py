@@ -194,9 +194,7 @@ def validation_metrics(recipe: Any, train: Any) -> Any:
     from nc_hf.metrics import compute_metrics_for
 
     evaluation = recipe.evaluation
-    return compute_metrics_for(
-        train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
-    )
+    return compute_metrics_for(train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above)
 
 
 def report_stage(

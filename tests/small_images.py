@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 COUNTS = (60, 30, 12, 6)
@@ -38,3 +38,23 @@ class SmallImages(Dataset):
     @staticmethod
     def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
+
+
+class NoBatchStatistics(nn.Module):
+    """A classifier whose outputs do not depend on the rest of the batch."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.Tanh())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.head(self.body(pixel_values))
+
+
+def network_without_batch_statistics() -> nn.Module:
+    """The same weights each time."""
+    torch.manual_seed(0)
+    return NoBatchStatistics()

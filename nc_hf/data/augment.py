@@ -139,8 +139,8 @@ class ImageTransform:
 def draw_uniform(seed: int, draws: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
     """Uniform numbers in [0, 1), (B, count) float64, each row a function of (seed, draw, index) alone.
 
-    A counter-based generator (the finalizer of SplitMix64, Steele et al. 2014): no state, no order, no Python loop over
-    images.
+    A counter-based generator (the finalizer of SplitMix64, Steele et al. 2014): no state, no order, and no Python
+    loop over images.
     """
     keys = _scramble(np.uint64(seed) + np.zeros(len(draws), dtype=np.uint64))
     for number in (draws, indices):

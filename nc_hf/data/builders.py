@@ -129,8 +129,8 @@ class LongTailBuilder(ArrowBasedBuilder):
         smallest = self.benchmark.packs[len(train)]
         if ratio is None or ratio < smallest or config.profile != "exponential" or config.seed != 0:
             raise ValueError(
-                f"{config.data_dir} holds {self.benchmark.name} already thinned out at ratio {smallest:g} (exponential, "
-                f"seed 0), which gives every larger ratio but not imbalance_ratio={ratio}, profile="
+                f"{config.data_dir} holds {self.benchmark.name} already thinned out at ratio {smallest:g} "
+                f"(exponential, seed 0), which gives every larger ratio but not imbalance_ratio={ratio}, profile="
                 f"{config.profile!r}, seed={config.seed}. Use the whole data set for that."
             )
         full = self.benchmark.rows["train"] // len(self.benchmark.class_names)
@@ -199,9 +199,7 @@ class Digits(LongTailBuilder):
 
     BUILDER_CONFIGS = presets(10, 20)
     DEFAULT_CONFIG_NAME = "r20"
-    benchmark = Benchmark(
-        "digits", "", tuple(str(digit) for digit in range(10)), {"train": 1297, "test": 500}
-    )
+    benchmark = Benchmark("digits", "", tuple(str(digit) for digit in range(10)), {"train": 1297, "test": 500})
 
     def source(self) -> dict[str, Dataset]:
         """All images, by split."""

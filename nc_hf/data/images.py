@@ -94,7 +94,9 @@ class ImageSet(torch.utils.data.Dataset):
 class ResidentImages(ImageSet):
     """All images decoded at the input size in one uint8 tensor; batches are augmented without a loop over images."""
 
-    def __init__(self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error") -> None:
+    def __init__(
+        self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error"
+    ) -> None:
         super().__init__(dataset, transform, seed)
         if not transform.is_batched:
             raise ValueError(
@@ -137,7 +139,9 @@ class ResidentImages(ImageSet):
 class StreamedImages(ImageSet):
     """Images decoded when they are asked for, in the workers of a data loader; for sets of any size."""
 
-    def __init__(self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error") -> None:
+    def __init__(
+        self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error"
+    ) -> None:
         super().__init__(dataset, transform, seed)
         if on_bad_image == "skip":
             bad = []
@@ -154,7 +158,9 @@ class StreamedImages(ImageSet):
         for index, draw in zip(indices.tolist(), draws.tolist(), strict=True):
             image = self._decode(index)
             images.append(
-                self.transform.to_size(image) if draw < 0 else self.transform.augment_one(image, self.seed, draw, index)
+                self.transform.to_size(image)
+                if draw < 0
+                else self.transform.augment_one(image, self.seed, draw, index)
             )
         return torch.stack(images)
 

@@ -196,8 +196,9 @@ def _load_transformers(
             raise ValueError(f"{folder} lacks weights of its own architecture, for instance {', '.join(lost[:3])}.")
         logger.info("the head of %s has %d outputs; one with %d is drawn anew", folder, saved, config.num_labels)
     if hasattr(model, "timm_model"):  # saved by transformers' wrapper of timm
-        model.timm_model.pretrained_cfg["label_names"] = list(config.id2label.values())
-        return model.timm_model, timm_image_processor(model.timm_model)
+        model, names = model.timm_model, list(config.id2label.values())
+        model.pretrained_cfg |= getattr(config, "pretrained_cfg", {}) | {"label_names": names}
+        return model, timm_image_processor(model)
     has_processor = (folder / "preprocessor_config.json").is_file()
     return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False) if has_processor else None
 

@@ -1,0 +1,80 @@
+"""Known-answer runs for one or several processes, which test_distributed.py starts through torchrun."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from small_images import SmallImages, network_without_batch_statistics
+from transformers import set_seed
+
+from nc_hf.models.classifier import load_classifier
+from nc_hf.trainer import NCTrainer
+from nc_hf.training_args import NCTrainingArguments
+
+GLOBAL_BATCH = 36
+RUNS = {
+    "learned": {"centers": "learned", "mixup_alpha": 0.3, "class_weighting": "inverse", "start_epoch": 0.5},
+    "ema": {"centers": "ema", "sampler": "class_balanced"},
+    "batch": {"centers": "batch", "mixup_alpha": 0.3},
+    "train_counts": {"centers": "learned", "within_counts": "train", "within_weight": 0.5},
+}
+
+
+def trainer(folder: Path, processes: int, model: torch.nn.Module, **settings) -> NCTrainer:
+    args = NCTrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        precision="fp32",
+        optim="sgd",
+        learning_rate=0.05,
+        max_grad_norm=0,
+        num_train_epochs=4,
+        per_device_train_batch_size=GLOBAL_BATCH // processes,
+        per_device_eval_batch_size=7,
+        dataloader_drop_last=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+    return NCTrainer(model, args, train_dataset=SmallImages())
+
+
+def summary(run: NCTrainer) -> dict:
+    state = {name: tensor.flatten().tolist() for name, tensor in run.task.state_dict().items()}
+    return {"state": state, "losses": [record["loss"] for record in run.state.log_history if "loss" in record]}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    processes = int(sys.argv[2])
+    answers = {}
+    for name, settings in RUNS.items():
+        run = trainer(folder, processes, network_without_batch_statistics(), **settings)
+        torch.rand(1 + run.args.process_index)  # ranks whose global generators differ
+        run.train()
+        answers[name] = summary(run)
+    odd = SmallImages(counts=(53, 30, 12, 6))  # 101 images, a number that no batch divides
+    labels = torch.cat([labels for _, _, labels in run.iterate_features(odd)])
+    answers["counted"] = torch.bincount(labels).tolist()
+    set_seed(0)
+    run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned")
+    run.train()
+    answers["resnet"] = summary(run)
+    run = trainer(folder, processes, network_without_batch_statistics(), centers="ema")
+    if run.args.process_index == processes - 1:  # one process alone meets the bad image
+        run.train_dataset.images[:] = float("nan")
+    try:
+        run.train()
+    except FloatingPointError as error:
+        answers["nonfinite"] = str(error)
+    (folder / f"rank{run.args.process_index}.json").write_text(json.dumps(answers))
+    run.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,60 @@
+"""Two processes equal one with the same global batch, through the real launcher and gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def launch(folder: Path, processes: int) -> list[dict]:
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    script = [str(HERE / "distributed_run.py"), str(folder), str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[dict, dict, dict]:
+    folder = tmp_path_factory.mktemp("distributed")
+    (alone,), (first, second) = launch(folder / "one", 1), launch(folder / "two", 2)
+    return alone, first, second
+
+
+@pytest.mark.parametrize("name", ["learned", "ema", "batch", "train_counts"])
+def test_two_processes_train_as_one(runs, name):
+    alone, first, second = (answers[name] for answers in runs)
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
+    for key, values in alone["state"].items():
+        np.testing.assert_allclose(first["state"][key], values, rtol=1e-4, atol=2e-6, err_msg=key)
+        np.testing.assert_array_equal(first["state"][key], second["state"][key], err_msg=key)
+    assert len(set(alone["losses"])) == len(alone["losses"])  # something was trained
+
+
+def test_centers_of_a_network_with_batch_norm_are_identical_on_both_ranks(runs):
+    alone, first, second = (answers["resnet"] for answers in runs)
+    assert first["state"]["collapse.centers"] == second["state"]["collapse.centers"]
+    assert first["state"]["classifier.fc.weight"] == second["state"]["classifier.fc.weight"]
+    # batch norm sees half a batch on each process, so losses agree only roughly
+    np.testing.assert_allclose(first["losses"][0], alone["losses"][0], rtol=0.2)
+
+
+def test_every_image_is_counted_once(runs):
+    assert [answers["counted"] for answers in runs] == [[53, 30, 12, 6]] * 3
+
+
+def test_a_bad_loss_on_one_process_stops_both(runs):
+    alone, first, second = (answers["nonfinite"] for answers in runs)
+    assert "in loss_supervised" in second
+    assert "in another process" in first
+    assert "not finite at step 1" in alone
