@@ -1,3 +1,44 @@
-"""Neural collapse for long-tailed image classification with timm and Hugging Face."""
+"""Neural collapse for long-tailed image classification with timm and Hugging Face.
+
+Importing this makes the CIFAR ResNets known to timm. Everything else is imported when it is first used, since
+`transformers.Trainer`, `datasets` and `evaluate` take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import nc_hf.models.cifar_resnet  # noqa: F401
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ImageTransform": "data.augment",
+    "NCTrainer": "trainer",
+    "NCTrainingArguments": "training_args",
+    "NeuralCollapseLoss": "losses.collapse",
+    "RetrainingArguments": "training_args",
+    "between_class_loss": "losses.collapse",
+    "class_counts": "data.long_tail",
+    "image_settings": "models.classifier",
+    "load_classifier": "models.classifier",
+    "load_images": "data.images",
+    "load_pretrained": "hub",
+    "load_splits": "data.splits",
+    "long_tailed_counts": "data.long_tail",
+    "make_long_tailed": "data.long_tail",
+    "retrain_classifier": "retraining",
+    "save_pretrained": "hub",
+    "train_validation_split": "data.long_tail",
+    "within_class_loss": "losses.collapse",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported from its home at its first use."""
+    if name in _HOMES:
+        return getattr(import_module(f"nc_hf.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'nc_hf' has no attribute {name!r}")

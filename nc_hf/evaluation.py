@@ -47,24 +47,20 @@ def evaluate_classifier(
     return metrics | {"images": len(labels), "seconds": time.perf_counter() - started}
 
 
-def geometry_of(trainer: NCTrainer, dataset: Dataset) -> dict[str, Any]:
-    """NC1-NC4 of a trainer's classifier on one data set, in two passes over its images without augmentation.
+def geometry_of(trainer: NCTrainer, dataset: Dataset, means_and_counts: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """NC1-NC4 of a trainer's classifier on one data set, from one more pass over its images without augmentation.
 
     Args:
         trainer: holds the classifier; all its processes must call this.
         dataset: the training images, or the test images.
+        means_and_counts: `trainer.class_means(dataset)`.
     """
     head = trainer.task.head
-    weight, bias = head.weight.detach().flatten(1), head.bias
+    weight, bias = head.weight.detach().flatten(1).cpu(), head.bias
 
     def batches() -> Any:
         for features, _, labels in trainer.iterate_features(dataset):
-            yield features, labels
+            yield features.cpu(), labels.cpu()
 
-    bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach()
-    return measure_geometry(batches, weight, bias, trainer.task.num_classes)
-
-
-def class_means_of(trainer: NCTrainer, dataset: Dataset) -> Tensor:
-    """Class means (K, P) of a trainer's features on one data set, float32 on the CPU."""
-    return trainer.class_means(dataset)[0].cpu()
+    bias = None if bias is None else bias.detach().cpu()
+    return measure_geometry(batches, weight, bias, trainer.task.num_classes, means_and_counts=means_and_counts)

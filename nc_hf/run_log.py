@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,23 @@ class RunLog(TrainerCallback):
                 parts.append(f"{self.record['images_per_second']:.0f} images/s")
             logger.info("%s epoch %g/%g  %s", self.stage, state.epoch, state.num_train_epochs, "  ".join(parts))
         self.record = {}
+
+
+def nonfinite_error(path: Path, *, step: int, learning_rate: float, terms: dict[str, float]) -> FloatingPointError:
+    """Write what is known about a loss that is not finite, and return the error to stop with.
+
+    Args:
+        path: of the JSON report.
+        step: the update that was about to be made, from 1.
+        learning_rate: of the network.
+        terms: of the loss on this process, summed since the last log.
+    """
+    bad = [name for name, value in sorted(terms.items()) if not math.isfinite(value)]
+    report = {"step": step, "learning_rate": learning_rate}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report | {"terms": {name: repr(value) for name, value in terms.items()}}, indent=1))
+    return FloatingPointError(
+        f"the loss is not finite at step {step} (in {', '.join(bad) or 'another process'}), learning rate "
+        f"{learning_rate:g}. The weights are still those of the step before; {path.name} in the output folder has the "
+        "terms. Lower the learning rate, or set precision: fp32."
+    )

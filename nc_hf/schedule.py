@@ -34,6 +34,34 @@ def learning_rate_factor(args: NCTrainingArguments, num_epochs: float) -> Callab
     return factor
 
 
+def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_epoch: int) -> str:
+    """One line on batch, precision, and the epochs at which something changes.
+
+    Args:
+        args: of the run.
+        num_epochs: of the run.
+        updates_per_epoch: optimizer steps an epoch.
+    """
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    parts = [
+        f"global batch {batch} = {args.per_device_train_batch_size} x {args.world_size} process(es) x "
+        f"{args.gradient_accumulation_steps} accumulated",
+        f"{num_epochs:g} epochs of {updates_per_epoch} updates",
+        f"precision {args.precision}{', channels last' if args.channels_last else ''}",
+    ]
+    if args.collapse_enabled:
+        parts.append(f"collapse terms ({args.centers}) from epoch {resolve_epoch(args.start_epoch, num_epochs):g}")
+    if args.class_weighting != "none":
+        parts.append(f"{args.class_weighting} weights from epoch {resolve_epoch(args.drw_epoch or 0, num_epochs):g}")
+    if args.lr_milestones:
+        parts.append(
+            "learning rate falls at " + ", ".join(f"{resolve_epoch(m, num_epochs):g}" for m in args.lr_milestones)
+        )
+    if args.warmup_epochs:
+        parts.append(f"{resolve_epoch(args.warmup_epochs, num_epochs):g} epochs of warm-up")
+    return "; ".join(parts)
+
+
 def epoch_scheduler(
     optimizer: Optimizer, args: NCTrainingArguments, num_epochs: float, updates_per_epoch: int
 ) -> LambdaLR:

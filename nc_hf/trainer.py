@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import defaultdict
@@ -21,10 +20,11 @@ from nc_hf.checkpoints import check_names, mark_complete, newest_complete
 from nc_hf.data.augment import draw_mixup, mix
 from nc_hf.hub import save_pretrained
 from nc_hf.labels import counts_of, labels_of
+from nc_hf.metrics.geometry import class_means
 from nc_hf.models.classifier import feature_dim
 from nc_hf.rebalancing import EpochSampler, mix_seeds
-from nc_hf.run_log import RunLog
-from nc_hf.schedule import epoch_scheduler, hold_constant
+from nc_hf.run_log import RunLog, nonfinite_error
+from nc_hf.schedule import describe_schedule, epoch_scheduler, hold_constant
 from nc_hf.task import ClassificationTask, build_task
 from nc_hf.training_args import NCTrainingArguments, resolve_epoch
 
@@ -176,24 +176,13 @@ class NCTrainer(Trainer):
             finite = self.accelerator.reduce(self._finite.float(), "sum") == self.accelerator.num_processes
             self._finite = True
             if not finite:
-                self._stop_at_nonfinite_loss(loss)
+                raise nonfinite_error(
+                    Path(self.args.output_dir) / f"nonfinite_rank{self.args.process_index}.json",
+                    step=self.state.global_step + 1,
+                    learning_rate=self._get_learning_rate(),
+                    terms={name: sums[0].item() for name, sums in self._terms.items()},
+                )
         return loss
-
-    def _stop_at_nonfinite_loss(self, loss: Tensor) -> None:
-        terms = {name: sums[0].item() for name, sums in self._terms.items()}
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        step, rate = self.state.global_step + 1, self._get_learning_rate()
-        report = {"step": step, "epoch": self.state.epoch, "learning_rate": rate, "loss": repr(loss.item())}
-        report["terms_since_last_log"] = {name: repr(value) for name, value in terms.items()}
-        path = Path(self.args.output_dir) / f"nonfinite_rank{self.args.process_index}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1))
-        where = ", ".join(bad) or "another process"
-        raise FloatingPointError(
-            f"the loss is not finite at step {step} (in {where}), learning rate {rate:g}. The weights are still "
-            f"those of the step before; {path.name} in the output folder has the terms. Lower the learning rate, or "
-            "set precision: fp32."
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each term of the loss since the last log, unrounded."""
@@ -234,6 +223,7 @@ class NCTrainer(Trainer):
         """Also keeps the number of epochs and of updates an epoch, which schedules need."""
         values = super().set_initial_training_values(args, dataloader)
         self.num_epochs, self.updates_per_epoch = values[0], values[1]
+        logger.info("%s", describe_schedule(args, self.num_epochs, self.updates_per_epoch))
         return values
 
     @staticmethod
@@ -311,15 +301,9 @@ class NCTrainer(Trainer):
         task.train(was_training)
 
     def class_means(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Class means (K, P) in float32, zero for absent classes, and class counts (K,) of a data set's features."""
-        num_classes, width = self.task.num_classes, feature_dim(self.task.head)
-        sums = torch.zeros(num_classes, width, dtype=torch.float64)
-        counts = torch.zeros(num_classes, dtype=torch.int64)
-        for features, _, labels in self.iterate_features(dataset):
-            labels = labels.cpu()
-            sums.index_add_(0, labels, features.double().cpu())
-            counts += torch.bincount(labels, minlength=num_classes)
-        return (sums / counts.clamp(min=1)[:, None]).float().to(self.args.device), counts.to(self.args.device)
+        """Class means (K, P) in float64, zero for absent classes, and class counts (K,) of a data set's features."""
+        batches = ((features, labels) for features, _, labels in self.iterate_features(dataset))
+        return class_means(batches, self.task.num_classes, feature_dim(self.task.head))
 
     # ---- Saving and resuming ----
 

@@ -82,13 +82,31 @@ def start_processes(stage: dict[str, Any]) -> Any:
 
 def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
     """The image set of each split, and the classifier with its image processor."""
-    from nc_hf.data.augment import ImageTransform
-    from nc_hf.data.images import load_images
-    from nc_hf.data.splits import load_splits
+    from transformers import set_seed
+
     from nc_hf.models.classifier import image_settings, load_classifier
 
-    data, spec = recipe.data, recipe.model
-    splits = load_splits(
+    splits, spec = read_splits(recipe), recipe.model
+    names = splits["train"].features["label"].names
+    set_seed(recipe.seed)
+    model, processor = load_classifier(
+        spec.name,
+        len(names),
+        names,
+        pretrained=spec.pretrained,
+        revision=spec.revision,
+        image_size=spec.image_size,
+        **spec.model_args,
+    )
+    return image_sets(recipe, splits, image_settings(model, processor)), model, processor
+
+
+def read_splits(recipe: Any) -> Any:
+    """The splits that the section `data` describes."""
+    from nc_hf.data.splits import load_splits
+
+    data = recipe.data
+    return load_splits(
         data.dataset,
         data_dir=data.data_dir,
         config_name=data.config_name,
@@ -101,33 +119,22 @@ def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
         test_split=data.test_split,
         cache_dir=data.cache_dir,
     )
-    names = splits["train"].features["label"].names
-    seed_everything(recipe.seed)
-    model, processor = load_classifier(
-        spec.name,
-        len(names),
-        names,
-        pretrained=spec.pretrained,
-        revision=spec.revision,
-        image_size=spec.image_size,
-        **spec.model_args,
-    )
-    transform = ImageTransform(**image_settings(model, processor), augmentation=data.augmentation)
-    images = {}
+
+
+def image_sets(recipe: Any, splits: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The splits as image sets for a model with these image settings."""
+    from nc_hf.data.augment import ImageTransform
+    from nc_hf.data.images import load_images
+
+    data, images = recipe.data, {}
+    transform = ImageTransform(**settings, augmentation=data.augmentation)
     for name, split in splits.items():
         images[name] = load_images(
             split, transform, input_path=data.input_path, seed=recipe.seed, on_bad_image=data.on_bad_image
         )
         counts = images[name].class_counts
         logger.info("%s: %d images, %d classes of %d to %d", name, len(split), len(counts), counts.max(), counts.min())
-    return images, model, processor
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch, so that the first weights follow from the recipe."""
-    from transformers import set_seed
-
-    set_seed(seed)
+    return images
 
 
 def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str, Any]:
@@ -211,14 +218,14 @@ def report_stage(
         trainer, images[split], train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
     )
     results["training"][stage] = trainer.wall
+    means = {name: trainer.class_means(images[name]) for name in ("train", split)}
     if evaluation.geometry:
-        results["geometry"][head] = {name: geometry_of(trainer, images[name]) for name in ("train", split)}
-    means, _ = trainer.class_means(train)
+        results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
     trainer.export(
         str(run / stage),
         head_name=head,
         heads=load_heads(run / "stage1")[0] if stage == "stage2" else {},
-        class_means=means,
+        class_means=means["train"][0].float(),
         metadata={"stage": stage, "recipe_digest": results["recipe_digest"], "seed": recipe.seed},
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -39,7 +41,7 @@ class ImageTransform:
       RandAugment `rand-n2-m10-mstd0.5`, as the authors' code for ImageNet-LT.
 
     Args:
-        size: (H, W) of the input in pixels.
+        size: (H, W) of the input in pixels, at least 8 each for crops to differ.
         mean: of the three channels, for values in [0, 1].
         std: of the three channels, for values in [0, 1].
         interpolation: `"bilinear"`, `"bicubic"`, `"nearest"` or `"lanczos"`.
@@ -70,9 +72,9 @@ class ImageTransform:
 
     def to_size(self, image: PIL.Image.Image) -> Tensor:
         """Resize and center-crop a decoded RGB image, as timm evaluates: (H, W, 3) uint8."""
-        if image.size != self.size[::-1] or self.crop_pct != 1:
-            image = self._evaluation(image)
-        return torch.from_numpy(np.array(image))
+        if image.size == self.size[::-1] and self.crop_pct == 1:
+            return torch.from_numpy(np.array(image))
+        return torch.from_numpy(self._evaluation(image)).permute(1, 2, 0)
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels last in memory."""
@@ -83,7 +85,7 @@ class ImageTransform:
         """Crop and flip images (B, H, W, 3) uint8, each by a function of (seed, its draw, its index)."""
         if self.augmentation == "none":
             return images
-        _, height, width, _ = images.shape
+        size, height, width, _ = images.shape
         pad_y, pad_x = height // 8, width // 8
         uniform = draw_uniform(seed, draws, indices, 3)
         top, left = (uniform[:, i] * (2 * pad + 1) for i, pad in ((0, pad_y), (1, pad_x)))
@@ -93,8 +95,10 @@ class ImageTransform:
             flipped = uniform[:, 2] < 0.5
             columns[flipped] = columns[flipped, ::-1]
         padded = F.pad(images, (0, 0, pad_x, pad_x, pad_y, pad_y))
-        batch = torch.arange(len(images))[:, None, None]
-        return padded[batch, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]]
+        # Gathering whole pixels by one flat index takes half the time of indexing by image, row and column.
+        rows += np.arange(size)[:, None] * padded.shape[1]
+        flat = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
+        return padded.view(-1, 3).index_select(0, torch.from_numpy(flat.ravel())).view(images.shape)
 
     def augment_one(self, image: PIL.Image.Image, seed: int, draw: int, index: int) -> Tensor:
         """Augment one decoded RGB image: (H, W, 3) uint8."""
@@ -105,21 +109,21 @@ class ImageTransform:
             return torch.from_numpy(np.array(self._training(image)))
 
     @cached_property
-    def _evaluation(self) -> v2.Transform:
-        resized = [int(side / self.crop_pct) for side in self.size]
-        shorter = resized[0] if self.size[0] == self.size[1] else resized
-        return v2.Compose([v2.Resize(shorter, self._interpolation), v2.CenterCrop(self.size)])
+    def _evaluation(self) -> Callable[[PIL.Image.Image], np.ndarray]:
+        """To (3, H, W) uint8."""
+        return transforms_imagenet_eval(
+            self.size, crop_pct=self.crop_pct, interpolation=self.interpolation, use_prefetcher=True
+        )
 
     @cached_property
     def _training(self) -> v2.Transform:
+        interpolation = v2.InterpolationMode(self.interpolation)
         steps: list[Any] = [
-            v2.RandomResizedCrop(self.size, interpolation=self._interpolation),
+            v2.RandomResizedCrop(self.size, interpolation=interpolation),
             v2.RandomHorizontalFlip(),
         ]
         if self.augmentation == "resized_crop":
             return v2.Compose([*steps, v2.ColorJitter(0.4, 0.4, 0.4)])
-        from timm.data.auto_augment import rand_augment_transform
-
         settings = {
             "translate_const": int(min(self.size) * 0.45),
             "img_mean": tuple(min(255, round(255 * channel)) for channel in self.mean),
@@ -130,10 +134,6 @@ class ImageTransform:
             rand_augment_transform(RAND_AUGMENT, settings),
         ]
         return v2.Compose(steps)
-
-    @property
-    def _interpolation(self) -> v2.InterpolationMode:
-        return v2.InterpolationMode(self.interpolation)
 
 
 def draw_uniform(seed: int, draws: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:

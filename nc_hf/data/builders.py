@@ -35,8 +35,8 @@ from datasets import (
 
 from nc_hf.data.cifar_names import CIFAR10_NAMES, CIFAR100_NAMES
 from nc_hf.data.images import decode_image
-from nc_hf.data.long_tail import Profile, long_tailed_counts, make_long_tailed
-from nc_hf.data.sources import Benchmark, encode_images, folder_source, hub_source, make_dataset
+from nc_hf.data.long_tail import Profile, class_counts, long_tailed_counts, make_long_tailed
+from nc_hf.data.sources import Benchmark, encode_images, folder_source, hub_source, make_dataset, official_order
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,15 @@ FASHION_NAMES = (
 STANDARD_PIXELS: dict[tuple[str, float], str] = {
     ("CIFAR-10", 1): "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
     ("CIFAR-10", 10): "b36a63b4be8bd47624365414126765e0ab099b47b94d9ecc021ed6f27a2bcfbf",
+    ("CIFAR-10", 20): "76acae448912347ea9a54d556e9e6c995799eda25c9ea7b524291f15dd39dee1",
     ("CIFAR-10", 50): "6ddeee202f3be304164c413df823f7c5c3411464034743c9003ee7501f286116",
     ("CIFAR-10", 100): "37634b6d42c2f2f66719743afcb9bbd3b876ed038d23462e59d05b5d79d57f92",
+    ("CIFAR-10", 200): "83342c60cb3fa48523ef93baa69a008c04f692e67bc3e3ea02dc8cff86309e2b",
     ("CIFAR-100", 10): "5574373e82697880094a1aadd8efb0e093537203c1ef1f4a7aaea0b5fc9d5ef2",
+    ("CIFAR-100", 20): "5e1bcfeb10c4d1588185dee124b721a4b8743c2b03219b6241669433378c8a97",
     ("CIFAR-100", 50): "a4ccddabbf1cc2b2d7e32ecf4647ea88f0a2e7d0bab3997699ddd01645a3a57b",
     ("CIFAR-100", 100): "c0e0323bfa67e731bb5a2948847afc5f15c5981126a35bdbc1639f2f8206407e",
+    ("CIFAR-100", 200): "d1198ff1623e055b887ceca63a3c9786c359096c3324024546b7419a3c8e973c",
 }
 
 
@@ -97,19 +101,26 @@ class LongTailBuilder(ArrowBasedBuilder):
     def source(self) -> dict[str, Dataset]:
         """All images of the benchmark, by split."""
         if self.config.data_dir is None:
-            return hub_source(self.benchmark, self._cache_dir_root)
-        return folder_source(self.benchmark, Path(self.config.data_dir))
+            splits = hub_source(self.benchmark, self._cache_dir_root)
+        else:
+            splits = folder_source(self.benchmark, Path(self.config.data_dir))
+        return splits | {"train": official_order(splits["train"], self.benchmark.blocks)}
+
+    def checksum(self, train: Dataset) -> str:
+        """What identifies the chosen training images: sha256 of their pixels."""
+        return f"pixels {pixel_checksum(train)}"
 
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
         splits = self.source()
-        splits["train"] = self._thin_out(splits["train"])
-        checksum = pixel_checksum(splits["train"])
-        self._compare_with_standard(checksum)
-        counts = np.bincount(splits["train"].with_format("numpy")["label"][:])
+        self.info.features = Features({name: splits["train"].features[name] for name in ("image", "label")})
+        splits["train"] = train = self._thin_out(splits["train"])
+        counts, config = class_counts(train, "label"), self.config
+        profile = f"{config.profile} profile, imbalance ratio {config.imbalance_ratio:g}, seed {config.seed}"
+        checksum = self.checksum(train)
         self.info.description = (
-            f"{self.benchmark.name}, {self.config.profile} profile, imbalance ratio {self.config.imbalance_ratio}, "
-            f"seed {self.config.seed}: {counts.sum()} training images, {counts.max()} to {counts.min()} a class; "
-            f"sha256 of their pixels {checksum}"
+            f"{self.benchmark.name}, {'all images' if config.imbalance_ratio is None else profile}: "
+            f"{counts.sum()} training images, {counts.max()} to {counts.min()} a class; "
+            f"sha256 of {checksum}{self._compared_with_standard(checksum)}"
         )
         return [
             SplitGenerator(name=name, gen_kwargs={"dataset": split.select_columns(["image", "label"])})
@@ -138,18 +149,21 @@ class LongTailBuilder(ArrowBasedBuilder):
         columns = train.with_format("numpy", columns=["label", "lt_rank"])[:]
         return train.select(np.flatnonzero(columns["lt_rank"] < counts[columns["label"]]))
 
-    def _compare_with_standard(self, checksum: str) -> None:
+    def _compared_with_standard(self, checksum: str) -> str:
+        """Whether this is the literature's subset, where that has a known checksum."""
         config = self.config
-        if config.profile != "exponential" or config.seed != 0:
-            return
         expected = STANDARD_PIXELS.get((self.benchmark.name, config.imbalance_ratio or 1))
-        if expected is not None and checksum != expected:
-            logger.warning(
-                "this is not the standard subset of %s at ratio %s: the source has its images in another order, or "
-                "other images. Accuracies may differ from the literature's by a point.",
-                self.benchmark.name,
-                config.imbalance_ratio,
-            )
+        if expected is None or config.profile != "exponential" or config.seed != 0:
+            return ""
+        if checksum == f"pixels {expected}":
+            return ", the standard subset"
+        logger.warning(
+            "this is not the standard subset of %s at ratio %s: the source has its images in another order, or other "
+            "images. Accuracies may differ from the literature's by a point.",
+            self.benchmark.name,
+            config.imbalance_ratio,
+        )
+        return ", not the standard subset"
 
 
 def pixel_checksum(dataset: Dataset) -> str:
@@ -165,7 +179,12 @@ class Cifar10(LongTailBuilder):
     """CIFAR-10 and CIFAR-10-LT: 50,000 training images of 10 classes, thinned out, and 10,000 test images."""
 
     benchmark = Benchmark(
-        "CIFAR-10", "uoft-cs/cifar10", CIFAR10_NAMES, {"train": 50_000, "test": 10_000}, record_labels=1
+        "CIFAR-10",
+        "uoft-cs/cifar10",
+        CIFAR10_NAMES,
+        {"train": 50_000, "test": 10_000},
+        record_labels=1,
+        blocks=("d829dbdf32167c9d", "5d18f7371ed35ea9", "32cf77b0ee2e790b", "d2815e3f8f656272", "2ddf3ab27d5d0440"),
     )
 
 

@@ -55,6 +55,11 @@ def dataset_labels(dataset: Dataset, label_column: str | None = None) -> tuple[n
     Raises:
         ValueError: for labels that are not one integer each in [0, K); the message names column, row and range.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"labels can be counted in a datasets.Dataset, not in {type(dataset).__name__}: load the data set without "
+            "streaming, and choose one split."
+        )
     column = find_label_column(dataset, label_column)
     feature = dataset.features[column]
     values = dataset.with_format("arrow", columns=[column])[:].column(column)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import logging
-import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
+import psutil
 import torch
 from datasets import Dataset, Image
 from torch import Tensor
@@ -84,11 +85,33 @@ class ImageSet(torch.utils.data.Dataset):
     def _decode(self, row: int) -> PIL.Image.Image:
         return decode_image(self.encoded[row][self.column], f"row {row}")
 
-    def _drop(self, bad: list[int]) -> None:
-        self.skipped += len(bad)
-        kept = np.setdiff1d(np.arange(len(self)), bad)
-        self.labels, self.encoded = self.labels[kept], self.encoded.select(kept)
-        logger.warning("%d unreadable images are left out, the first in row %d", len(bad), bad[0])
+    def _decode_all(self, use: Callable[[int, PIL.Image.Image], None], on_bad_image: str, task: str) -> np.ndarray:
+        """Decode every image on all cores and hand it on with its row; leave unreadable ones out if told to.
+
+        Returns:
+            Rows that are kept, ascending.
+        """
+
+        def work(row: int) -> str | None:
+            try:
+                image = self._decode(row)
+            except ValueError as error:
+                if on_bad_image == "error":
+                    raise
+                return str(error)
+            use(row, image)
+            return None
+
+        quiet = None if len(self) >= LONG_WORK else True  # None shows the bar on a terminal
+        with ThreadPoolExecutor() as pool:
+            errors = list(tqdm(pool.map(work, range(len(self))), task, len(self), disable=quiet))
+        kept = np.array([row for row, error in enumerate(errors) if error is None], dtype=np.int64)
+        self.skipped = len(errors) - len(kept)
+        if self.skipped:
+            first = next(error for error in errors if error is not None)
+            logger.warning("%d unreadable images are left out; the first: %s", self.skipped, first)
+            self.labels, self.encoded = self.labels[kept], self.encoded.select(kept)
+        return kept
 
 
 class ResidentImages(ImageSet):
@@ -104,26 +127,8 @@ class ResidentImages(ImageSet):
                 "their own size. Use input_path: streamed, or augmentation crop_flip."
             )
         pixels = torch.empty(len(self), *transform.size, 3, dtype=torch.uint8)
-        bad = []
-
-        def fill(row: int) -> None:
-            try:
-                pixels[row] = transform.to_size(self._decode(row))
-            except ValueError:
-                if on_bad_image == "error":
-                    raise
-                bad.append(row)
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            rows = range(len(self))
-            for _ in tqdm(pool.map(fill, rows), "decode", len(self), disable=None if len(self) >= LONG_WORK else True):
-                pass
-        if bad:
-            keep = torch.ones(len(self), dtype=torch.bool)
-            keep[bad] = False
-            pixels = pixels[keep]
-            self._drop(sorted(bad))
-        self.pixels = pixels
+        kept = self._decode_all(lambda row, image: pixels[row].copy_(transform.to_size(image)), on_bad_image, "decode")
+        self.pixels = pixels[torch.from_numpy(kept)] if self.skipped else pixels
 
     def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
         images = self.pixels[torch.from_numpy(indices)]
@@ -144,14 +149,7 @@ class StreamedImages(ImageSet):
     ) -> None:
         super().__init__(dataset, transform, seed)
         if on_bad_image == "skip":
-            bad = []
-            for row in tqdm(range(len(self)), "check", disable=None if len(self) >= LONG_WORK else True):
-                try:
-                    self._decode(row)
-                except ValueError:
-                    bad.append(row)
-            if bad:
-                self._drop(bad)
+            self._decode_all(lambda row, image: None, on_bad_image, "check")
 
     def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
         images = []
@@ -165,27 +163,31 @@ class StreamedImages(ImageSet):
         return torch.stack(images)
 
 
-def decode_image(encoded: dict[str, Any], where: str) -> PIL.Image.Image:
-    """An image in RGB, whatever its mode was.
+def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
+    """An image in RGB, whatever its mode was; EXIF is not looked at.
 
     Args:
         encoded: `{"bytes": …, "path": …}` as `datasets` stores images.
-        where: names the image in errors, for one without a path.
+        where: names the image in errors, beside its path.
 
     Raises:
         ValueError: for a file that cannot be read, is cut off, or is so large that it looks like an attack.
     """
-    source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
+    content, path = (None, None) if encoded is None else (encoded["bytes"], encoded["path"])
     try:
-        with PIL.Image.open(source) as image:
+        if content is None and path is None:
+            raise ValueError("there is none")
+        with PIL.Image.open(path if content is None else io.BytesIO(content)) as image:
             limit = PIL.Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
+                return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        name = encoded.get("path") or where
+        name = f" ({path})" if path else ""
         raise ValueError(
-            f"the image {name} ({where}) cannot be read: {error}. Repair or remove it, or set on_bad_image: skip."
+            f"the image in {where}{name} cannot be read: {error}. Repair or remove it, or set on_bad_image: skip."
         ) from error
 
 
@@ -216,25 +218,18 @@ def load_images(
         if value not in choices:
             raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
     needed = len(dataset) * transform.size[0] * transform.size[1] * 3
-    room = min(MAX_RESIDENT_BYTES, _free_memory() // 4)
+    room = min(MAX_RESIDENT_BYTES, psutil.virtual_memory().available // 4)
     chosen = input_path
     if input_path == "auto":
         chosen = "resident" if transform.is_batched and needed <= room else "streamed"
     logger.info(
-        "input path %s%s: %d images, %.0f MB decoded, augmentation %s",
+        "input path %s (%s): %d images, %.0f MB decoded of %.0f MB allowed, augmentation %s",
         chosen,
-        " (chosen by size)" if input_path == "auto" else "",
+        "chosen by size and augmentation" if input_path == "auto" else "as asked for",
         len(dataset),
         needed / 1e6,
+        room / 1e6,
         transform.augmentation,
     )
     images = ResidentImages if chosen == "resident" else StreamedImages
     return images(dataset, transform, seed, on_bad_image)
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free now."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return MAX_RESIDENT_BYTES

@@ -7,6 +7,7 @@ columns `image`, encoded as found, and `label`.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import struct
 import tarfile
@@ -21,6 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
 from datasets.table import InMemoryTable
+
+from nc_hf.data.columns import dataset_labels
 
 CIFAR_PIXELS = 3 * 32 * 32
 
@@ -37,6 +40,8 @@ class Benchmark:
         label_column: of parquet files.
         packs: row counts of thinned-out training files with a column `lt_rank`, by the smallest ratio they can give.
         record_labels: label bytes before the pixels of a binary CIFAR record; the last is the label.
+        blocks: of training images that some sources have in another order than the official one: the first 16 digits
+            of the sha256 of each block's labels as bytes, in the official order.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Benchmark:
     label_column: str = "label"
     packs: dict[int, float] = field(default_factory=dict)
     record_labels: int | None = None
+    blocks: tuple[str, ...] = ()
 
 
 def folder_source(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
@@ -97,6 +103,22 @@ def hub_source(benchmark: Benchmark, cache_dir: str | None) -> dict[str, Dataset
         dataset = dataset.select_columns([image, benchmark.label_column])
         splits[split] = dataset.rename_columns({image: "image", benchmark.label_column: "label"})
     return splits
+
+
+def official_order(dataset: Dataset, blocks: tuple[str, ...]) -> Dataset:
+    """A training set with its blocks in the official order; as it is where they are not recognised by their labels.
+
+    The Hub's CIFAR-10 follows the order of the files in the archive, which is not that of their numbers.
+    """
+    if not blocks:
+        return dataset
+    labels = dataset_labels(dataset, "label")[0].astype(np.uint8)
+    size = len(labels) // len(blocks)
+    starts = range(0, len(blocks) * size, size)
+    found = {hashlib.sha256(labels[start : start + size].tobytes()).hexdigest()[:16]: start for start in starts}
+    if set(found) != set(blocks) or tuple(found) == blocks:
+        return dataset
+    return dataset.select(np.concatenate([np.arange(found[block], found[block] + size) for block in blocks]))
 
 
 def make_dataset(images: pa.Array, labels: np.ndarray, class_names: list[str], **extra: np.ndarray) -> Dataset:

@@ -6,16 +6,27 @@ import logging
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, load_dataset
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
+from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT
 from nc_hf.data.long_tail import Profile, make_long_tailed, train_validation_split
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {"cifar10": Cifar10, "cifar100": Cifar100, "fashion_mnist": FashionMnist, "digits": Digits}
+BUILDERS = {
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+    "fashion_mnist": FashionMnist,
+    "digits": Digits,
+    "imagenet_lt": ImageNetLT,
+    "places_lt": PlacesLT,
+    "inaturalist2018": INaturalist2018,
+}
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+MAX_COMPARED_BYTES = 2**31  # above, train and test images are not compared
 
 
 def load_splits(
@@ -39,7 +50,7 @@ def load_splits(
             `"places_lt"`, `"inaturalist2018"`), `"imagefolder"` or `"parquet"` with `data_dir`, a Hub id, or a data
             set in memory.
         data_dir: folder with the files.
-        config_name: configuration of a Hub data set.
+        config_name: configuration of a Hub data set, or a preset of a benchmark of ours (`"r100"`).
         image_column: found when None.
         label_column: found when None.
         imbalance_ratio: thin the training images out to this ratio; None leaves them as they are.
@@ -54,25 +65,43 @@ def load_splits(
         FileNotFoundError: when the images are not there.
     """
     if isinstance(dataset, str) and dataset in BUILDERS:
-        builder_class = BUILDERS[dataset]
-        settings = {} if imbalance_ratio is None else {"imbalance_ratio": float(imbalance_ratio)}
-        builder = builder_class(
-            config_name="balanced", data_dir=data_dir, cache_dir=cache_dir, profile=profile, seed=seed, **settings
-        )
-        builder.download_and_prepare()
-        logger.info("%s", builder.info.description)
-        found = builder.as_dataset()
-        imbalance_ratio = None
+        found = _build(dataset, data_dir, config_name, cache_dir, imbalance_ratio, profile, seed)
+        imbalance_ratio = None  # done
     else:
         found = _load_any(dataset, data_dir, config_name, cache_dir)
     chosen = _choose_splits(found, test_split, validation_fraction)
     splits = {name: _canonical(split, image_column, label_column) for name, split in chosen.items()}
-    _same_classes(splits)
+    _check_classes(splits)
+    _warn_of_overlap(splits)
     if imbalance_ratio is not None:
         splits["train"] = make_long_tailed(splits["train"], imbalance_ratio, profile, seed)
-    if validation_fraction and "validation" not in splits:
+    if validation_fraction and "validation" in splits:
+        logger.info("the data set has a validation split of its own; validation_fraction is not used")
+    elif validation_fraction:
         splits["train"], splits["validation"] = train_validation_split(splits["train"], validation_fraction, seed)
     return DatasetDict(splits)
+
+
+def _build(
+    name: str,
+    data_dir: str | None,
+    config_name: str | None,
+    cache_dir: str | None,
+    imbalance_ratio: float | None,
+    profile: Profile,
+    seed: int,
+) -> DatasetDict:
+    presets = [config.name for config in BUILDERS[name].BUILDER_CONFIGS]
+    config_name = config_name or presets[0]
+    if config_name not in presets:
+        raise ValueError(f"`config_name` of {name} must be one of {', '.join(presets)}, got {config_name!r}.")
+    settings = {"data_dir": data_dir, "profile": profile, "seed": seed}
+    if imbalance_ratio is not None:
+        settings["imbalance_ratio"] = float(imbalance_ratio)
+    builder = BUILDERS[name](config_name=config_name, cache_dir=cache_dir, **settings)
+    builder.download_and_prepare()
+    logger.info("%s", builder.info.description)
+    return builder.as_dataset()
 
 
 def _load_any(
@@ -82,7 +111,7 @@ def _load_any(
         return DatasetDict(train=dataset)
     if isinstance(dataset, DatasetDict):
         return dataset
-    if isinstance(dataset, IterableDataset) or not isinstance(dataset, str):
+    if not isinstance(dataset, str):
         raise ValueError(
             f"a data set of type {type(dataset).__name__} has no length and no counts of its classes; load it without "
             "streaming."
@@ -123,22 +152,51 @@ def _canonical(dataset: Dataset, image_column: str | None, label_column: str | N
     image, label = find_image_column(dataset, image_column), find_label_column(dataset, label_column)
     _, names = dataset_labels(dataset, label)
     dataset = dataset.with_format(None).select_columns([image, label])
+    if dataset.features[image] in (Value("string"), Value("binary")):  # file paths, or files
+        dataset = dataset.cast_column(image, Image())
+    if not isinstance(dataset.features[image], Image):
+        raise ValueError(
+            f"column {image!r} must hold images, file paths or encoded files, found {dataset.features[image]}."
+        )
     if not isinstance(dataset.features[label], ClassLabel):
         dataset = dataset.cast_column(label, ClassLabel(names=names))
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     return dataset.rename_columns(renamed) if renamed else dataset
 
 
-def _same_classes(splits: dict[str, Dataset]) -> None:
+def _check_classes(splits: dict[str, Dataset]) -> None:
     expected = splits["train"].features["label"].names
     for name, split in splits.items():
         names = split.features["label"].names
+        if not len(split):
+            raise ValueError(f"the split {name} has no images.")
         if names != expected:
             differing = sorted(set(names) ^ set(expected))[:5]
             raise ValueError(
-                f"train has {len(expected)} classes and {name} has {len(names)}, not the same ones "
-                f"(for instance {', '.join(differing)}). Labels must mean the same in all splits."
+                f"train has {len(expected)} classes and {name} has {len(names)}, not the same ones in the same order "
+                f"(differing: {', '.join(differing) or 'the order'}). Labels must mean the same in all splits."
             )
     empty = np.flatnonzero(np.bincount(dataset_labels(splits["train"])[0], minlength=len(expected)) == 0)
     if len(empty):
         logger.warning("%d classes have no training image, the first is %r", len(empty), expected[empty[0]])
+
+
+def _warn_of_overlap(splits: dict[str, Dataset]) -> None:
+    """Warn of images to evaluate on that are also in train: the same file, or the same encoded bytes."""
+    columns = {}
+    for name, split in splits.items():
+        if split.data.nbytes > MAX_COMPARED_BYTES:
+            return
+        image = split.with_format("arrow", columns=["image"])[:].column("image").combine_chunks()
+        content = image.field("bytes")
+        columns[name] = (
+            image.field("path").cast("large_binary") if content.null_count else content.cast("large_binary")
+        )
+    for name, values in columns.items():
+        if name != "train" and (count := pc.sum(pc.is_in(values, columns["train"])).as_py()):
+            logger.warning(
+                "%d of %d %s images are also training images; accuracies on them mean little.",
+                count,
+                len(values),
+                name,
+            )
