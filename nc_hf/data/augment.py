@@ -74,7 +74,7 @@ class ImageTransform:
         """Resize and center-crop a decoded RGB image, as timm evaluates: (H, W, 3) uint8."""
         if image.size == self.size[::-1] and self.crop_pct == 1:
             return torch.from_numpy(np.array(image))
-        return torch.from_numpy(self._evaluation(image)).permute(1, 2, 0)
+        return torch.as_tensor(self._evaluation(image)).permute(1, 2, 0)
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, 3, H, W) float32, channels last in memory."""
