@@ -15,11 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train import image_sets, read_splits, start_processes
+# Python puts this folder first, where this file would stand in for the library `evaluate`.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate the folder or Hub id named by the first argument."""
+    from nc_hf.processes import start_processes
     from nc_hf.recipe import load_recipe
     from nc_hf.results import results_table
 
@@ -33,7 +36,7 @@ def main(arguments: list[str]) -> None:
     beside = Path(source).parent / "recipe.yaml"
     path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else beside
     recipe = load_recipe(path, arguments)
-    state = start_processes({})
+    state = start_processes()
     results = {"heads": evaluate_heads(source, recipe)}
     if state.is_main_process:
         print(results_table(results))
@@ -45,6 +48,7 @@ def evaluate_heads(source: str, recipe: Any) -> dict[str, dict[str, Any]]:
     """Metrics by head name."""
     from nc_hf.evaluation import evaluate_classifier
     from nc_hf.hub import load_heads, load_pretrained
+    from nc_hf.image_sets import image_sets, read_splits
     from nc_hf.models.classifier import image_settings, local_folder
     from nc_hf.trainer import NCTrainer
     from nc_hf.training_args import NCTrainingArguments

@@ -10,25 +10,27 @@ interrupted, and shows the table of one that is done.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).resolve().parent
+# Python puts this folder first, where evaluate.py would stand in for the library `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+
 HEADS = {"stage1": "base", "stage2": "crt"}
-logger = logging.getLogger("nc_hf.recipes.train")
 
 
 def main(arguments: list[str]) -> None:
     """Run the recipe named by the first argument with the overrides that follow it."""
+    from nc_hf.processes import start_processes
     from nc_hf.recipe import dump_recipe, load_recipe, recipe_digest
 
-    default = str(Path(__file__).parent / "digits_lt" / "nc_drw_crt.yaml")
+    default = str(HERE / "digits_lt" / "nc_drw_crt.yaml")
     path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else default
     recipe = load_recipe(path, arguments)
-    state = start_processes(recipe.stage1 or recipe.stage2)
+    state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
     from nc_hf.results import read_results, results_table, write_results
 
@@ -59,31 +61,11 @@ def main(arguments: list[str]) -> None:
     state.destroy_process_group()
 
 
-def start_processes(stage: dict[str, Any]) -> Any:
-    """Set up processes, logging and threads; refuse another number of processes than the recipe asks for."""
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    logging.getLogger("nc_hf").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
-    expected = stage.get("expected_processes")
-    if expected is not None and expected != state.num_processes:
-        raise SystemExit(
-            f"the recipe asks for {expected} processes (expected_processes) but {state.num_processes} started. "
-            "Launch with a file of recipes/accelerate/ (`accelerate launch --cpu --num_processes 2` starts one)."
-        )
-    # On a CPU, accelerate's launcher leaves one thread to each process.
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
-    logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
-    return state
-
-
 def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
     """The image set of each split, and the classifier with its image processor."""
     from transformers import set_seed
 
+    from nc_hf.image_sets import image_sets, read_splits
     from nc_hf.models.classifier import image_settings, load_classifier
 
     splits, spec = read_splits(recipe), recipe.model
@@ -99,42 +81,6 @@ def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
         **spec.model_args,
     )
     return image_sets(recipe, splits, image_settings(model, processor)), model, processor
-
-
-def read_splits(recipe: Any) -> Any:
-    """The splits that the section `data` describes."""
-    from nc_hf.data.splits import load_splits
-
-    data = recipe.data
-    return load_splits(
-        data.dataset,
-        data_dir=data.data_dir,
-        config_name=data.config_name,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        imbalance_ratio=data.imbalance_ratio,
-        profile=data.profile,
-        seed=data.seed,
-        validation_fraction=data.validation_fraction,
-        test_split=data.test_split,
-        cache_dir=data.cache_dir,
-    )
-
-
-def image_sets(recipe: Any, splits: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The splits as image sets for a model with these image settings."""
-    from nc_hf.data.augment import ImageTransform
-    from nc_hf.data.images import load_images
-
-    data, images = recipe.data, {}
-    transform = ImageTransform(**settings, augmentation=data.augmentation)
-    for name, split in splits.items():
-        images[name] = load_images(
-            split, transform, input_path=data.input_path, seed=recipe.seed, on_bad_image=data.on_bad_image
-        )
-        counts = images[name].class_counts
-        logger.info("%s: %d images, %d classes of %d to %d", name, len(split), len(counts), counts.max(), counts.min())
-    return images
 
 
 def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     builder = PlacesLT(data_dir="folder/with/lists/and/images")
 
-The folder holds the list files (`.txt` or `.txt.gz`, lines of a path and a label) and the images at those paths. A list
-is recognised by the number of its lines; other lists, for a part of a benchmark or for one's own images, by `train`,
-`val` or `test` in their names.
+The folder holds the list files (`.txt` or `.txt.gz`, lines of a path and a label) and the images at those paths. An
+official list is recognised by the number of its lines; others, for a part of a benchmark or for one's own images, by
+`train`, `val` or `test` in their names.
 """
 
 from __future__ import annotations

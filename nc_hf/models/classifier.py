@@ -226,9 +226,10 @@ def image_settings(model: nn.Module, image_processor: Any = None) -> dict[str, A
             f"the size of the images of {type(model).__name__} is not known: its image processor is "
             f"{type(image_processor).__name__} with size {dict(resized)}. Give one with height and width."
         )
-    crop_pct = getattr(image_processor, "crop_pct", None)  # ConvNeXT's: it resizes to size / crop_pct
-    if crop_pct is None:
-        crop_pct = min(1.0, height / (resized.get("height") or resized.get("shortest_edge"))) if cropped else 1.0
+    if cropped:
+        crop_pct = min(1.0, height / (resized.get("height") or resized.get("shortest_edge")))
+    else:  # ConvNeXT's processor resizes to size / crop_pct below 384 pixels
+        crop_pct = (getattr(image_processor, "crop_pct", None) or 1.0) if height < 384 else 1.0
     interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(image_processor.resample)]
     mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
     return {"size": (height, width), "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}

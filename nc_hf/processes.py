@@ -1,0 +1,36 @@
+"""Start of a script: its processes, their log and their threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+from accelerate import PartialState
+
+logger = logging.getLogger(__name__)
+
+
+def start_processes(expected: int | None = None) -> PartialState:
+    """Set up processes, logging and threads.
+
+    Args:
+        expected: number of processes that must have started; any when None.
+
+    Raises:
+        SystemExit: when another number started.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger("nc_hf").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
+    if expected is not None and expected != state.num_processes:
+        raise SystemExit(
+            f"the recipe asks for {expected} processes (expected_processes) but {state.num_processes} started. "
+            "Launch with a file of recipes/accelerate/ (`accelerate launch --cpu --num_processes 2` starts one)."
+        )
+    # On a CPU, accelerate's launcher leaves one thread to each process.
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
+    return state

@@ -1,0 +1,478 @@
+"""Loading classifiers of timm and transformers, finding their heads, tapping their features."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from nc_hf.models.classifier import (
+    FeatureTap,
+    check_tap,
+    feature_dim,
+    find_head,
+    freeze_backbone,
+    image_settings,
+    load_classifier,
+    logits_of,
+    reset_head,
+)
+
+TINY_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def tiny_vit(num_labels: int = 5) -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**TINY_VIT, num_labels=num_labels))
+
+
+def tiny_resnet(num_labels: int = 5) -> nn.Module:
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=num_labels)
+    )
+
+
+def tiny_dinov2() -> nn.Module:
+    return Dinov2ForImageClassification(Dinov2Config(**{**TINY_VIT, "mlp_ratio": 2}, num_labels=5))
+
+
+def wrapped() -> nn.Module:
+    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet20_cifar", num_labels=5))
+
+
+MODELS = {  # name: (how to make it, path of its head, width of its features, side of its images)
+    "one linear layer": (lambda: timm.create_model("test_resnet", num_classes=5), "fc", 96, 32),
+    "a linear layer of its own width": (
+        lambda: timm.create_model("mobilenetv3_small_050", num_classes=5),
+        "classifier",
+        1024,
+        32,
+    ),
+    "a 1x1 convolution": (lambda: timm.create_model("dla46_c", num_classes=5), "fc", 256, 32),
+    "the last of two layers": (lambda: timm.create_model("caformer_s18", num_classes=5), "head.fc.fc2", 2048, 32),
+    "our own": (lambda: timm.create_model("resnet20_cifar", num_classes=5), "fc", 64, 32),
+    "timm in transformers": (wrapped, "timm_model.fc", 64, 32),
+    "transformers ViT": (tiny_vit, "classifier", 16, 32),
+    "transformers DINOv2": (tiny_dinov2, "classifier", 32, 32),
+    "transformers ResNet": (tiny_resnet, "classifier.1", 16, 32),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_are_the_head_of_the_tapped_features(kind):
+    make, head_name, width, side = MODELS[kind]
+    model, x = make().eval(), torch.randn(2, 3, side, side)
+    name, head = find_head(model)
+    assert name == head_name and feature_dim(head) == width
+    tap = FeatureTap(model, name)
+    logits = logits_of(model(x))
+    features = tap.read()
+    assert features.shape == (2, width) and features.requires_grad
+    torch.testing.assert_close(F.linear(features, head.weight.flatten(1), head.bias), logits, rtol=1e-5, atol=1e-5)
+    if hasattr(model, "forward_head") and kind != "the last of two layers":  # timm's are then those before both
+        expected = model.forward_head(model.forward_features(x), pre_logits=True).flatten(1)
+        torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    model.train()
+    check_tap(model, name, x)
+    assert model.training and len(head._forward_pre_hooks) == 1  # as it was before, and its own tap taken off
+    tap.remove()
+    assert not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5),
+            "VisionTransformerDistilled has 2",
+        ),
+        (lambda: timm.create_model("resnet20_cifar", num_classes=0), "number of classes is 0"),
+        (
+            lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**TINY_VIT, num_labels=5)),
+            "candidates: cls_classifier, distillation_classifier",
+        ),
+        (lambda: nn.Sequential(nn.Linear(4, 5)), "does not tell its number of classes"),
+    ],
+)
+def test_no_single_head_is_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=words):
+        find_head(make())
+
+
+def test_head_by_name():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5))
+    with pytest.raises(ValueError, match="candidates: 0, 2"):
+        find_head(model, num_labels=5)
+    assert find_head(model, head="2") == ("2", model[2])
+    with pytest.raises(ValueError, match="`head: 1`.* found ReLU"):
+        find_head(model, head="1")
+    with pytest.raises(ValueError, match="found nothing"):
+        find_head(model, head="3")
+
+
+def test_head_is_found_when_layers_of_the_backbone_have_as_many_outputs():
+    for make in (tiny_vit, tiny_resnet):
+        assert find_head(make(16))[0].startswith("classifier")
+
+
+def test_wrong_head_does_not_pass_the_check():
+    with pytest.raises(ValueError, match="not one vector per image"):
+        check_tap(tiny_vit(), "vit.layers.0.mlp.fc1", torch.randn(2, 3, 32, 32))
+
+    class Softmax(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.flatten(1)).softmax(1)
+
+    with pytest.raises(ValueError, match="'fc' is not the model's logits"):
+        check_tap(Softmax(), "fc", torch.randn(3, 3, 2, 2))
+
+
+def test_backbone_without_gradient_does_not_pass_the_check():
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.fc = nn.Linear(12, 4), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.backbone(x.flatten(1)).detach())
+
+    model = Detached()
+    with pytest.raises(ValueError, match="no gradient"):
+        check_tap(model, "fc", torch.randn(3, 3, 2, 2))
+    freeze_backbone(model, "fc")
+    check_tap(model, "fc", torch.randn(3, 3, 2, 2))
+
+
+def feature_gradients(model: nn.Module, tap: FeatureTap, forward: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Gradients of something of features and logits, for all parameters that have one."""
+    model.zero_grad()
+    logits = logits_of(forward(x))
+    (tap.read().square().mean() + logits.square().mean()).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["our own", "one linear layer", "timm in transformers", "transformers ViT"])
+def test_gradients_through_the_tap_under_checkpointing(kind):
+    model = MODELS[kind][0]().train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    tap, x = FeatureTap(model, find_head(model)[0]), torch.randn(2, 3, 32, 32)
+    plain = feature_gradients(model, tap, model, x)
+    (getattr(model, "activation_checkpointing_enable", None) or model.set_grad_checkpointing)()
+    again = feature_gradients(model, tap, model, x)
+    assert len(plain) == len(again) > 2
+    for a, b in zip(plain, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["our own", "transformers ViT"])
+def test_gradients_through_the_tap_when_compiled(kind):
+    model = MODELS[kind][0]().eval()
+    tap, x = FeatureTap(model, find_head(model)[0]), torch.randn(2, 3, 32, 32)
+    plain = feature_gradients(model, tap, model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(plain, feature_gradients(model, tap, compiled, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    x = torch.randn(2, 3, 32, 32)
+    for a, b in zip(feature_gradients(model, tap, compiled, x), feature_gradients(model, tap, model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # nothing of the first batch is kept
+
+
+def test_gradients_through_the_tap_under_distributed_data_parallel(tmp_path):
+    class WithFeatures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = timm.create_model("resnet20_cifar", num_classes=5).eval()
+            self.tap = FeatureTap(self.model, "fc")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = self.model(x)
+            return self.tap.read().square().mean() + logits.square().mean()
+
+    module, x = WithFeatures(), torch.randn(2, 3, 32, 32)
+    module(x).backward()
+    plain = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(module)(x).backward()
+    finally:
+        dist.destroy_process_group()
+    for a, parameter in zip(plain, module.parameters(), strict=True):
+        torch.testing.assert_close(a, parameter.grad)
+
+
+def test_tap_under_autocast_copied_and_read_once():
+    model = timm.create_model("resnet20_cifar", num_classes=5)
+    tap = FeatureTap(model, "fc")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32))
+    assert tap.read().dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="head did not run"):
+        tap.read()
+    copied = copy.deepcopy(model)  # as for a moving average of weights
+    copied(torch.randn(2, 3, 32, 32))
+    with pytest.raises(RuntimeError, match="head did not run"):
+        tap.read()
+
+
+def test_reset_and_freeze():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet20_cifar", num_classes=1000)
+    reset_head(model, "fc")
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.02) and model.fc.bias.abs().sum() == 0
+    freeze_backbone(model, "fc")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+# ---- Loading ----
+
+
+def test_architecture_by_name_is_plain_timm_with_its_own_weights():
+    torch.manual_seed(3)
+    expected = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.manual_seed(3)
+    model, processor = load_classifier("test_resnet", label_names=["a", "b", "c"])
+    assert type(model) is type(timm.create_model("test_resnet")) and model.num_classes == 3
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    assert processor.data_config["input_size"] == (3, 160, 160)
+
+
+def test_image_size_builds_the_network_and_its_images():
+    vit, processor = load_classifier("test_vit", 5, image_size=64)
+    assert vit(torch.zeros(1, 3, 64, 64)).shape == (1, 5) and processor.data_config["input_size"] == (3, 64, 64)
+    assert image_settings(vit)["size"] == (64, 64)
+    resnet, processor = load_classifier("test_resnet", 5, image_size=64)
+    assert processor.data_config["input_size"] == (3, 64, 64) and image_settings(resnet)["size"] == (64, 64)
+
+
+def test_image_settings():
+    settings = image_settings(load_classifier("resnet32_cifar", 10)[0])
+    assert settings == {
+        "size": (32, 32),
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2023, 0.1994, 0.2010),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    vit = tiny_vit()
+    assert image_settings(vit, ViTImageProcessor(size={"height": 48, "width": 32})) == {
+        "size": (48, 32),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    convnext = ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875)
+    assert image_settings(vit, convnext)["size"] == (224, 224) and image_settings(vit, convnext)["crop_pct"] == 0.875
+    assert image_settings(vit, ConvNextImageProcessor(size={"shortest_edge": 384}))["crop_pct"] == 1.0
+    clip = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    assert image_settings(vit, clip)["size"] == (224, 224) and image_settings(vit, clip)["crop_pct"] == 0.875
+    with pytest.raises(ValueError, match="its image processor is NoneType"):
+        image_settings(vit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("resnet32_cifra",), ValueError, "no timm architecture, no folder and no Hub id"),
+        (("resnet32_cifar", 3, ["a", "b"]), ValueError, "2 label names were given for num_labels=3"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        load_classifier(*arguments)
+
+
+def test_pretrained_without_released_weights_is_refused():
+    with pytest.raises(ValueError, match="timm has no released weights of 'resnet32_cifar'"):
+        load_classifier("resnet32_cifar", 10, pretrained=True)
+
+
+def test_unreadable_hub_id(monkeypatch):
+    import huggingface_hub
+
+    def refuse(repo_id: str, **settings: object) -> str:
+        assert repo_id == "user/model" and settings["revision"] == "v2"
+        assert not any(Path("pytorch_model.bin").match(pattern) for pattern in settings["allow_patterns"])
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for name in ("user/model@v2", "hf-hub:user/model@v2"):
+        with pytest.raises(FileNotFoundError, match="no folder here, and not readable on the Hub: offline"):
+            load_classifier(name)
+
+
+@pytest.fixture
+def timm_folder(tmp_path: Path) -> Path:
+    """A folder as timm itself writes it."""
+    from timm.models import save_for_hf
+
+    model = timm.create_model("test_resnet", num_classes=4)
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True, model_config={"label_names": list("wxyz")})
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def transformers_folder(tmp_path: Path) -> Path:
+    """A folder as transformers itself writes it."""
+    model = tiny_vit(4)
+    model.config.id2label, model.config.label2id = dict(enumerate("wxyz")), {c: k for k, c in enumerate("wxyz")}
+    model.save_pretrained(tmp_path / "saved")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_timm_folder(timm_folder):
+    saved = load_file(timm_folder / "model.safetensors")
+    for name in (str(timm_folder), f"local-dir:{timm_folder}"):
+        model, _ = load_classifier(name)
+        assert model.pretrained_cfg["label_names"] == list("wxyz")
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
+
+
+def test_transformers_folder(transformers_folder):
+    expected = ViTForImageClassification.from_pretrained(transformers_folder).eval()
+    model, processor = load_classifier(str(transformers_folder))
+    x = torch.randn(2, 3, 32, 32)
+    assert type(model) is ViTForImageClassification and processor.size == {"height": 32, "width": 32}
+    assert torch.equal(model.eval()(x).logits, expected(x).logits) and model.config.id2label[1] == "x"
+    model, _ = load_classifier(str(transformers_folder), hidden_dropout_prob=0.5)
+    assert model.config.hidden_dropout_prob == 0.5
+    with pytest.raises(ValueError, match="ViTConfig has no entry drop_rate"):
+        load_classifier(str(transformers_folder), drop_rate=0.5)
+    with pytest.raises(ValueError, match="`image_size` is for timm models"):
+        load_classifier(str(transformers_folder), image_size=64)
+    (transformers_folder / "preprocessor_config.json").unlink()
+    assert load_classifier(str(transformers_folder))[1] is None
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_head_of_another_size_is_drawn_anew_and_said_once(kind, request, caplog):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    with caplog.at_level(logging.INFO, logger="nc_hf"):
+        model, _ = load_classifier(str(folder), 7, image_size=None)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("nc_hf")]
+    assert len(said) == 1 and "has 4 outputs; one with 7 is drawn anew" in said[0]
+    head_name, head = find_head(model)
+    assert head.weight.shape[0] == 7 and head.weight.abs().sum() > 0
+    before = load_classifier(str(folder))[0].state_dict()
+    backbone = [name for name in model.state_dict() if not name.startswith(f"{head_name}.")]
+    assert len(backbone) > 10 and all(torch.equal(model.state_dict()[name], before[name]) for name in backbone)
+    if kind == "timm":
+        assert model.pretrained_cfg["label_names"] is None
+    else:
+        assert model.config.id2label == {k: str(k) for k in range(7)}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nc_hf"):
+        same, _ = load_classifier(str(folder), 4, list("abcd"))
+    assert not [record for record in caplog.records if record.name.startswith("nc_hf")]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in same.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+@pytest.mark.parametrize("num_labels", [4, 7])
+def test_lacking_backbone_weights_are_refused(kind, num_labels, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    tensors = load_file(folder / "model.safetensors")
+    lacking = next(name for name in tensors if "conv1.weight" in name or "layernorm_before.weight" in name)
+    del tensors[lacking]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="lacks weights|Missing key"):
+        load_classifier(str(folder), num_labels)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_pickled_weights_are_never_read(kind, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    save_file({"heads.base.bias": torch.zeros(4)}, folder / "nc_heads.safetensors")
+    with pytest.raises(ValueError, match="Weights in a pickle file are not loaded"):
+        load_classifier(str(folder))
+
+
+@pytest.mark.parametrize("arguments", [{"pretrained_strict": False}, {"act_layer": {"name": "relu"}}])
+def test_odd_model_arguments_of_a_folder_are_refused(timm_folder, arguments):
+    config = json.loads((timm_folder / "config.json").read_text())
+    config["model_args"] = arguments
+    (timm_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"model argument {next(iter(arguments))}=.* is not accepted"):
+        load_classifier(str(timm_folder))
+
+
+def test_code_of_a_folder_is_not_run(transformers_folder, tmp_path):
+    config = json.loads((transformers_folder / "config.json").read_text())
+    code = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    config["auto_map"] = code
+    (transformers_folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((transformers_folder / "preprocessor_config.json").read_text())
+    processor["auto_map"] = {"AutoImageProcessor": "evil.Processor"}
+    (transformers_folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    ran = tmp_path / "ran"
+    (transformers_folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    model, _ = load_classifier(str(transformers_folder))
+    assert type(model) is ViTForImageClassification and not ran.exists()
+
+
+def test_folder_of_transformers_wrapper_around_timm_gives_the_timm_model(tmp_path):
+    model = wrapped()
+    model.config.id2label = dict(enumerate("vwxyz"))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"] is None
+    loaded, processor = load_classifier(str(tmp_path))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x).logits)
+    assert loaded.pretrained_cfg["label_names"] == list("vwxyz")
+    assert processor.data_config["input_size"] == (3, 32, 32)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_classifier(str(tmp_path))
+
+
+def test_untrusted_architecture_is_named(timm_folder):
+    config = json.loads((timm_folder / "config.json").read_text())
+    config["architecture"] = "no_such_net"
+    (timm_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="Unknown model .no_such_net"):
+        load_classifier(str(timm_folder))

@@ -1,0 +1,274 @@
+"""A user's own images: found columns and splits, and a plain message for each fault of labels and files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+
+from nc_hf.data import splits as splits_module
+from nc_hf.data.augment import ImageTransform
+from nc_hf.data.images import load_images
+from nc_hf.data.long_tail import class_counts
+from nc_hf.data.splits import load_splits
+
+SMALL = ImageTransform((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def png(seed: int = 0, size: tuple[int, int] = (20, 24)) -> bytes:
+    buffer = io.BytesIO()
+    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    PIL.Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def labelled(labels: list, feature=None, first: int = 0, **columns) -> Dataset:
+    feature = ClassLabel(names=["ant", "bee", "cat"]) if feature is None else feature
+    features = Features({"image": Image(), "label": feature} | {name: Image() for name in columns})
+    images = [{"bytes": png(first + i), "path": None} for i in range(len(labels))]
+    return Dataset.from_dict({"image": images, "label": labels} | {n: images for n in columns}, features=features)
+
+
+def in_memory(labels: list, feature=None) -> DatasetDict:
+    return DatasetDict(train=labelled(labels, feature), test=labelled(labels, feature, first=1000))
+
+
+# ---- Splits of a user's data ----
+
+
+def test_caltech_as_a_users_parquet(shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.parquet").symlink_to(shared / "data" / f"caltech101-s128-{split}.parquet")
+    splits = load_splits("parquet", data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    counts = class_counts(splits["train"])
+    assert (len(counts), counts.min(), counts.max(), counts.sum()) == (101, 21, 790, 7667)
+    assert class_counts(splits["test"]).tolist() == [10] * 101
+    assert splits["train"].column_names == ["image", "label"]
+    few = splits["train"].select(range(0, 7667, 400))
+    transform = ImageTransform((64, 64), (0.5,) * 3, (0.5,) * 3, crop_pct=0.875, augmentation="rand_augment")
+    images = load_images(few, transform)
+    batch = images.__getitems__([(i, 7) for i in range(len(few))])
+    assert batch["pixel_values"].shape == (20, 3, 64, 64)
+    assert batch["pixel_values"].std() > 0.1
+    assert batch["labels"].tolist() == few["label"][:]
+    thinned = load_splits("parquet", data_dir=str(folder), cache_dir=str(tmp_path / "cache"), imbalance_ratio=50)
+    assert len(thinned["train"]) < 7667 and class_counts(thinned["train"]).min() == 15
+
+
+def test_image_folder_with_a_held_out_part(tmp_path: Path) -> None:
+    for name, count in (("owl", 10), ("bat", 6)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / "photos" / name / f"{i}.png").write_bytes(png(i))
+    arguments = {"data_dir": str(tmp_path / "photos"), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match="nothing to evaluate on.*has train alone.*`validation_fraction: 0.1`"):
+        load_splits("imagefolder", **arguments)
+    splits = load_splits("imagefolder", **arguments, validation_fraction=0.2)
+    assert splits["train"].features["label"].names == ["bat", "owl"]
+    assert class_counts(splits["train"]).tolist() == [5, 8]
+    assert class_counts(splits["validation"]).tolist() == [1, 2]
+
+
+def test_columns_are_found_or_named() -> None:
+    data = in_memory([0, 1, 2])
+    renamed = DatasetDict({k: v.rename_columns({"image": "photo", "label": "species"}) for k, v in data.items()})
+    for splits in (load_splits(renamed), load_splits(renamed, image_column="photo", label_column="species")):
+        assert splits["train"].column_names == ["image", "label"]
+        assert splits["train"]["label"][:] == [0, 1, 2]
+    two = labelled([0, 1], thumbnail=None)
+    with pytest.raises(ValueError, match="one image column; found image, thumbnail. Name it by `image_column`"):
+        load_splits(two, validation_fraction=0.5)
+    assert load_splits(two, validation_fraction=0.5, image_column="thumbnail")["train"].column_names[0] == "image"
+    with pytest.raises(ValueError, match="`label_column` is 'kind'; the columns are image, label"):
+        load_splits(data, label_column="kind")
+    with pytest.raises(ValueError, match="one label column; found none among image"):
+        load_splits(DatasetDict({name: split.select_columns(["image"]) for name, split in data.items()}))
+
+
+def test_two_class_columns_need_a_name_but_for_cifars() -> None:
+    data = labelled([0, 1, 2])
+    coarse = Dataset.from_dict({"coarse_label": [0, 0, 1]}, features=Features({"coarse_label": ClassLabel(2)}))
+    both = Dataset.from_dict(
+        {"image": data["image"][:], "genus": [0, 1, 2], "family": [0, 0, 1]},
+        features=Features({"image": Image(), "genus": ClassLabel(3), "family": ClassLabel(2)}),
+    )
+    with pytest.raises(ValueError, match="found genus, family. Name it by `label_column`"):
+        load_splits(both, validation_fraction=0.5)
+    assert coarse.features["coarse_label"].num_classes == 2
+    cifar = both.rename_columns({"genus": "fine_label", "family": "coarse_label"})
+    assert load_splits(cifar, validation_fraction=0.5)["train"].features["label"].num_classes == 3
+
+
+def test_file_paths_are_read_as_images(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    data = Dataset.from_dict({"file": [str(tmp_path / "0.png"), str(tmp_path / "1.png")], "label": [0, 1]})
+    splits = load_splits(data, image_column="file", validation_fraction=0.5)
+    assert splits["train"][1]["image"].size == (24, 20)
+    with pytest.raises(ValueError, match="column 'label' must hold images, file paths or encoded files"):
+        load_splits(data, image_column="label", label_column="label", validation_fraction=0.5)
+
+
+def test_splits_are_chosen_by_name() -> None:
+    data = in_memory([0, 1, 2])
+    named = DatasetDict(train=data["train"], val=data["test"], holdout=labelled([2, 2], first=50))
+    assert set(load_splits(named)) == {"train", "validation"}
+    splits = load_splits(named, test_split="holdout", validation_fraction=0.5)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "validation": 3, "test": 2}
+    with pytest.raises(ValueError, match="`test_split` is 'final'; the data set has train, val, holdout"):
+        load_splits(named, test_split="final")
+    with pytest.raises(ValueError, match="no split named train; it has val"):
+        load_splits(DatasetDict(val=data["test"]))
+
+
+def test_streaming_data_are_refused() -> None:
+    with pytest.raises(ValueError, match="IterableDataset has no length.*without streaming"):
+        load_splits(labelled([0, 1]).to_iterable_dataset())
+
+
+def test_unknown_data_set_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments, **settings):
+        raise FileNotFoundError("Couldn't find it")
+
+    monkeypatch.setattr(splits_module, "load_dataset", missing)
+    with pytest.raises(FileNotFoundError, match="'cifra10'.*Couldn't find it.*one of cifar10, cifar100"):
+        load_splits("cifra10")
+
+
+# ---- Labels ----
+
+
+def test_classes_without_images_are_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    splits = load_splits(in_memory([0, 2, 2]))
+    assert class_counts(splits["train"]).tolist() == [1, 0, 2]
+    assert "1 classes have no training image, the first is 'bee'" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [-1, -100, 3, 40])
+def test_labels_out_of_range_are_located(bad: int) -> None:
+    data = in_memory([0, 1, 2, 1], Value("int64"))
+    train = data["train"].add_column("row", [0, 1, 2, 3]).map(lambda row: {"label": bad if row["row"] > 1 else 0})
+    table = train.data.table.cast(Features(train.features | {"label": ClassLabel(3)}).arrow_schema)
+    features = Features(train.features | {"label": ClassLabel(names=["ant", "bee", "cat"])})
+    train = Dataset(train.data.__class__(table), info=train.info.__class__(features=features))
+    with pytest.raises(ValueError, match=f"'label' has 2 labels outside 0 to 2, the first is {bad} in row 2"):
+        load_splits(train, validation_fraction=0.5)
+
+
+def test_negative_label_without_class_names_is_located() -> None:
+    with pytest.raises(ValueError, match="1 labels outside 0 to 1, the first is -100 in row 1"):
+        load_splits(in_memory([0, -100, 1], Value("int64")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "message"),
+    [
+        ([0.0, 1.5], Value("float32"), "one integer label an image, found float"),
+        (["ant", "bee"], Value("string"), r'found string.*class_encode_column\("label"\)'),
+        ([[0, 1], [1, 0]], List(Value("int64")), "one integer label an image, found list"),
+        ([True, False], Value("bool"), "one integer label an image, found bool"),
+        ([0, None], Value("int64"), "1 missing labels, the first in row 1"),
+    ],
+)
+def test_unusable_labels_are_refused(labels: list, feature, message: str) -> None:
+    with pytest.raises(ValueError, match=f"column 'label'.*{message}"):
+        load_splits(in_memory(labels, feature))
+
+
+def test_integer_labels_become_classes() -> None:
+    splits = load_splits(in_memory([0, 2, 1], Value("int32")))
+    assert splits["train"].features["label"].names == ["0", "1", "2"]
+
+
+def test_splits_must_share_their_classes() -> None:
+    data = in_memory([0, 1, 2])
+    for names, words in ((["ant", "bee"], "cat"), (["bee", "ant", "cat"], "the order")):
+        other = labelled([0, 1], ClassLabel(names=names))
+        with pytest.raises(ValueError, match=f"train has 3 classes and test has {len(names)}.*{words}"):
+            load_splits(DatasetDict(train=data["train"], test=other))
+
+
+def test_empty_split_is_refused() -> None:
+    data = in_memory([0, 1, 2])
+    with pytest.raises(ValueError, match="the split test has no images"):
+        load_splits(DatasetDict(train=data["train"], test=data["test"].select([])))
+
+
+def test_training_images_in_the_test_split_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_splits(in_memory([0, 1, 2]))
+    assert "also training images" not in caplog.text
+    load_splits(DatasetDict(train=labelled([0, 1, 2]), test=labelled([0, 1, 2], first=1)))
+    assert "2 of 3 test images are also training images" in caplog.text
+    caplog.clear()
+    paths = []
+    for i in range(3):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Path(paths[-1]).write_bytes(png(i))
+    train, test = (Dataset.from_dict({"image": p, "label": [0, 1]}).cast_column("image", Image())
+                   for p in (paths[:2], paths[1:]))  # fmt: skip
+    load_splits(DatasetDict(train=train, test=test))
+    assert "1 of 2 test images are also training images" in caplog.text
+
+
+# ---- Files ----
+
+
+def bomb() -> bytes:
+    """A PNG of 20,000 x 20,000 pixels in its header."""
+    import struct
+    import zlib
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + png()[33:]
+
+
+BAD_FILES = {"empty": b"", "text": b"this is no image", "truncated": png()[:300], "bomb": bomb()}
+
+
+def with_bad_file(tmp_path: Path, content: bytes | None) -> Dataset:
+    rows = []
+    for i in range(5):
+        path = tmp_path / f"{i}.png"
+        if i != 3:
+            path.write_bytes(png(i))
+        elif content is not None:
+            path.write_bytes(content)
+        rows.append({"bytes": None, "path": str(path)})
+    features = Features({"image": Image(), "label": ClassLabel(3)})
+    return Dataset.from_dict({"image": rows, "label": [0, 1, 2, 0, 1]}, features=features)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", [*BAD_FILES, "missing"])
+@pytest.mark.parametrize("path", ["resident", "streamed"])
+def test_bad_file_is_an_error_or_left_out(
+    kind: str, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = with_bad_file(tmp_path, BAD_FILES.get(kind))
+    with pytest.raises(ValueError, match=r"image in row 3 \(.*3\.png\) cannot be read: .*on_bad_image: skip") as error:
+        load_images(dataset, SMALL, input_path=path).__getitems__([0, 3])
+    assert ("more than" in str(error.value) or "exceeds limit" in str(error.value)) == (kind == "bomb")
+    images = load_images(dataset, SMALL, input_path=path, on_bad_image="skip")
+    assert (len(images), images.skipped) == (4, 1)
+    assert images.labels.tolist() == [0, 1, 2, 1]
+    assert images.class_counts.tolist() == [1, 2, 1]
+    expected = load_images(dataset.select([0, 1, 2, 4]), SMALL, input_path=path)
+    assert (images[3]["pixel_values"] == expected[3]["pixel_values"]).all()
+    assert expected.skipped == 0
+    assert "1 unreadable images are left out" in caplog.text and "3.png" in caplog.text
+
+
+def test_bad_bytes_are_located_by_row() -> None:
+    features = Features({"image": Image(), "label": ClassLabel(3)})
+    images = [{"bytes": png(), "path": None}, {"bytes": b"no", "path": None}, None]
+    dataset = Dataset.from_dict({"image": images, "label": [0, 1, 2]}, features=features)
+    for row, words in ((1, "cannot identify"), (2, "there is none")):
+        with pytest.raises(ValueError, match=f"the image in row {row} cannot be read: {words}"):
+            load_images(dataset, SMALL, input_path="streamed")[row]
