@@ -113,6 +113,7 @@ def _save_timm(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     # transformers passes num_classes itself, and timm cannot read a null.
     arguments = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
     config["model_args"] = arguments
+    config["pretrained_cfg"].pop("label_names", None)  # the same as at the top
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

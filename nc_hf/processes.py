@@ -31,6 +31,7 @@ def start_processes(expected: int | None = None) -> PartialState:
         )
     # On a CPU, accelerate's launcher leaves one thread to each process.
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes_here))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes_here))
     logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
     return state

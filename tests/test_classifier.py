@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import logging
 from pathlib import Path
 
 import pytest
+import sweep_feature_tap
 import timm
 import torch
 import torch.distributed as dist
@@ -476,3 +478,29 @@ def test_untrusted_architecture_is_named(timm_folder):
     (timm_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="Unknown model .no_such_net"):
         load_classifier(str(timm_folder))
+
+
+def table_of_the_sweep() -> dict[str, dict[str, str]]:
+    with sweep_feature_tap.TABLE.open() as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize(
+    "name", ["test_convnext", "tf_mobilenetv3_small_minimal_100", "levit_128s", "crossvit_tiny_240"]
+)
+def test_table_of_the_sweep_is_as_today_for_timm(name):
+    written = table_of_the_sweep()[name]
+    result, detail, _ = sweep_feature_tap.timm_head(name)
+    assert (result, str(detail)) == (written["result"], written["feature_width"] or written["why"])
+
+
+@pytest.mark.parametrize("name", ["ResNetForImageClassification", "SwiftFormerForImageClassification"])
+def test_table_of_the_sweep_is_as_today_for_transformers(name):
+    written = table_of_the_sweep()[name]
+    today = sweep_feature_tap.transformers_row(written["family"], name)
+    assert {column: str(value) for column, value in today.items()} == written
+
+
+def test_table_of_the_sweep_covers_every_family():
+    families = {row["family"] for row in table_of_the_sweep().values() if row["library"] == "timm"}
+    assert families >= set(timm.list_modules())

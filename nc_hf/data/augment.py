@@ -101,11 +101,9 @@ class ImageTransform:
         return padded.view(-1, 3).index_select(0, torch.from_numpy(flat.ravel())).view(images.shape)
 
     def augment_one(self, image: PIL.Image.Image, seed: int, draw: int, index: int) -> Tensor:
-        """Augment one decoded RGB image: (H, W, 3) uint8."""
-        draws, indices = np.array([draw]), np.array([index])
-        if self.is_batched:
-            return self.augment_batch(self.to_size(image)[None], seed, draws, indices)[0]
-        with seeded(int(draw_uniform(seed, draws, indices, 1)[0, 0] * 2**32)):
+        """Augment one decoded RGB image from its own size, for what is not batched: (H, W, 3) uint8."""
+        number = draw_uniform(seed, np.array([draw]), np.array([index]), 1)[0, 0]
+        with seeded(int(number * 2**32)):
             return torch.from_numpy(np.array(self._training(image)))
 
     @cached_property

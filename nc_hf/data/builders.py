@@ -115,12 +115,12 @@ class LongTailBuilder(ArrowBasedBuilder):
         self.info.features = Features({name: splits["train"].features[name] for name in ("image", "label")})
         splits["train"] = train = self._thin_out(splits["train"])
         counts, config = class_counts(train, "label"), self.config
-        profile = f"{config.profile} profile, imbalance ratio {config.imbalance_ratio:g}, seed {config.seed}"
-        checksum = self.checksum(train)
+        chosen, checksum = "all images", self.checksum(train)
+        if config.imbalance_ratio is not None:
+            chosen = f"{config.profile} profile, imbalance ratio {config.imbalance_ratio:g}, seed {config.seed}"
         self.info.description = (
-            f"{self.benchmark.name}, {'all images' if config.imbalance_ratio is None else profile}: "
-            f"{counts.sum()} training images, {counts.max()} to {counts.min()} a class; "
-            f"sha256 of {checksum}{self._compared_with_standard(checksum)}"
+            f"{self.benchmark.name}, {chosen}: {counts.sum()} training images, {counts.max()} to {counts.min()} a "
+            f"class; sha256 of {checksum}{self._compared_with_standard(checksum)}"
         )
         return [
             SplitGenerator(name=name, gen_kwargs={"dataset": split.select_columns(["image", "label"])})

@@ -75,6 +75,16 @@ class ImageSet(torch.utils.data.Dataset):
 
     def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
         """(B, H, W, 3) uint8; a draw of -1 is the image as evaluation sees it."""
+        images, drawn = self._at_size(indices), draws >= 0
+        if drawn.all():
+            return self.transform.augment_batch(images, self.seed, draws, indices)
+        if drawn.any():
+            rows = torch.from_numpy(np.flatnonzero(drawn))
+            images[rows] = self.transform.augment_batch(images[rows], self.seed, draws[drawn], indices[drawn])
+        return images
+
+    def _at_size(self, indices: np.ndarray) -> Tensor:
+        """Images as evaluation sees them, (B, H, W, 3) uint8."""
         raise NotImplementedError
 
     @staticmethod
@@ -130,15 +140,8 @@ class ResidentImages(ImageSet):
         kept = self._decode_all(lambda row, image: pixels[row].copy_(transform.to_size(image)), on_bad_image, "decode")
         self.pixels = pixels[torch.from_numpy(kept)] if self.skipped else pixels
 
-    def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
-        images = self.pixels[torch.from_numpy(indices)]
-        drawn = draws >= 0
-        if drawn.all():
-            return self.transform.augment_batch(images, self.seed, draws, indices)
-        if drawn.any():
-            rows = torch.from_numpy(np.flatnonzero(drawn))
-            images[rows] = self.transform.augment_batch(images[rows], self.seed, draws[drawn], indices[drawn])
-        return images
+    def _at_size(self, indices: np.ndarray) -> Tensor:
+        return self.pixels[torch.from_numpy(indices)]
 
 
 class StreamedImages(ImageSet):
@@ -152,6 +155,8 @@ class StreamedImages(ImageSet):
             self._decode_all(lambda row, image: None, on_bad_image, "check")
 
     def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
+        if self.transform.is_batched:
+            return super()._images(indices, draws)
         images = []
         for index, draw in zip(indices.tolist(), draws.tolist(), strict=True):
             image = self._decode(index)
@@ -161,6 +166,9 @@ class StreamedImages(ImageSet):
                 else self.transform.augment_one(image, self.seed, draw, index)
             )
         return torch.stack(images)
+
+    def _at_size(self, indices: np.ndarray) -> Tensor:
+        return torch.stack([self.transform.to_size(self._decode(index)) for index in indices.tolist()])
 
 
 def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:

@@ -12,7 +12,7 @@ import io
 import struct
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,9 +145,12 @@ def _from_parquet(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
     """Splits among all parquet files below a folder; shards of one split lie side by side."""
     shards: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(data_dir.rglob("*.parquet")):
-        features = Features.from_arrow_schema(pq.read_schema(path))
+        try:
+            features = Features.from_arrow_schema(pq.read_schema(path))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path} cannot be read: {error}. Is its download complete?") from error
         label = features.get(benchmark.label_column)
-        if isinstance(label, ClassLabel) and tuple(label.names) == benchmark.class_names:
+        if isinstance(label, ClassLabel) and _letters(label.names) == _letters(benchmark.class_names):
             shards[f"{path.parent}/{path.name.split('-00')[0]}"].append(path)
     splits = {}
     for paths in shards.values():
@@ -158,6 +161,11 @@ def _from_parquet(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
         if split is not None:
             splits[split] = _read_parquet(benchmark, paths)
     return splits
+
+
+def _letters(names: Iterable[str]) -> list[str]:
+    """Names without case, spaces and signs, in which copies of one data set differ."""
+    return ["".join(letter for letter in name.lower() if letter.isalnum()) for name in names]
 
 
 def _read_parquet(benchmark: Benchmark, paths: list[Path]) -> Dataset:
@@ -176,9 +184,12 @@ def _from_binary_cifar(benchmark: Benchmark, data_dir: Path) -> dict[str, Datase
     files = {path.name: path.read_bytes() for path in sorted(data_dir.rglob("*.bin"))}
     if not files:
         for archive in sorted(data_dir.glob("*.tar.gz")):
-            with tarfile.open(archive) as tar:
-                members = sorted((m for m in tar if m.isfile() and m.name.endswith(".bin")), key=lambda m: m.name)
-                files |= {Path(member.name).name: tar.extractfile(member).read() for member in members}
+            try:
+                with tarfile.open(archive) as tar:
+                    members = sorted((m for m in tar if m.isfile() and m.name.endswith(".bin")), key=lambda m: m.name)
+                    files |= {Path(member.name).name: tar.extractfile(member).read() for member in members}
+            except (tarfile.TarError, OSError, EOFError) as error:
+                raise ValueError(f"{archive} cannot be read: {error}. Is its download complete?") from error
     record = benchmark.record_labels + CIFAR_PIXELS
     contents = {"train": b"", "test": b""}
     for name, content in files.items():
@@ -198,9 +209,11 @@ def _from_idx(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
     """Splits from pairs of gzipped IDX files (the format of MNIST)."""
     images, labels = {}, {}
     for path in sorted(data_dir.rglob("*.gz")):
-        content = gzip.decompress(path.read_bytes())
-        if len(content) < 8 or content[:3] != b"\0\0\x08":
-            continue
+        with gzip.open(path) as stream:
+            content = stream.read(3)
+            if content != b"\0\0\x08":  # the mark of bytes in IDX
+                continue
+            content += stream.read()
         shape = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
         split = next((name for name, count in benchmark.rows.items() if count == shape[0]), None)

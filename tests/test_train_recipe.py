@@ -1,0 +1,137 @@
+"""The real command line: a recipe from launch to results, interrupted and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--stage1.num_train_epochs", "3", "--stage2.num_train_epochs", "2"]
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    launcher = (
+        [str(Path(sys.executable).parent / "accelerate"), "launch"] if script == "train.py" else [sys.executable]
+    )
+    return [*launcher, str(ROOT / "recipes" / script), *arguments]
+
+
+def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
+    """In a process group of its own, so that the launcher and what it starts end together."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, cwd=folder, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen, check: bool = True) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0 or not check, out[-2000:] + err[-3000:]
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(folder: Path, script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    return finish(start(folder, command(script, *arguments)), check)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def straight(folder) -> dict:
+    """The default recipe, shortened."""
+    run(folder, "train.py", *SHORT, "--name", "straight")
+    return json.loads((folder / "out/straight/results.json").read_text())
+
+
+def test_both_stages_are_trained_measured_and_saved(folder, straight):
+    assert set(straight["heads"]) == {"base", "crt"}
+    for metrics in straight["heads"].values():
+        assert {"accuracy", "accuracy_many", "accuracy_few", "ece"} <= set(metrics)
+        assert metrics["images"] == 500
+        assert len(metrics["per_class_accuracy"]) == 10
+    assert sum(straight["dataset"]["class_counts"]) == 444
+    assert straight["geometry"]["base"]["train"]["nc2_min_angle"] > 0
+    assert straight["training"]["stage1"]["images_per_second"] > 0
+    for stage, head in (("stage1", "base"), ("stage2", "crt")):
+        config = json.loads((folder / "out/straight" / stage / "config.json").read_text())
+        assert config["nc_hf"]["active_head"] == head
+        assert not list((folder / "out/straight" / stage).glob("*.bin"))
+    records = [json.loads(line) for line in (folder / "out/straight/log.jsonl").read_text().splitlines()]
+    assert {"stage1", "stage2"} == {record["stage"] for record in records}
+    assert any("loss_within" in record and "loss_between" in record for record in records)
+
+
+def test_the_same_command_again_shows_the_table_without_training(folder, straight):
+    before = (folder / "out/straight/results.json").stat().st_mtime_ns
+    done = run(folder, "train.py", *SHORT, "--name", "straight")
+    assert "base" in done.stdout
+    assert "epoch" not in done.stdout
+    assert (folder / "out/straight/results.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused(folder, straight):
+    done = run(folder, "train.py", "--stage1.num_train_epochs", "4", "--name", "straight", check=False)
+    assert done.returncode != 0
+    assert "holds the results of another recipe" in done.stderr
+
+
+def test_a_killed_run_resumes_to_the_same_results(folder, straight):
+    process = start(folder, command("train.py", *SHORT, "--name", "killed"))
+    checkpoints = folder / "out/killed/checkpoints/stage1"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert list(checkpoints.glob("checkpoint-*/complete.json"))
+    done = run(folder, "train.py", *SHORT, "--name", "killed")
+    assert "resuming from" in done.stdout
+    resumed = json.loads((folder / "out/killed/results.json").read_text())
+    for head, metrics in straight["heads"].items():
+        assert resumed["heads"][head]["per_class_accuracy"] == metrics["per_class_accuracy"]
+        assert resumed["heads"][head]["ece"] == metrics["ece"]
+
+
+def test_evaluate_gives_what_the_run_gave(folder, straight):
+    run(folder, "evaluate.py", "out/straight/stage2", "--json", "again.json")
+    again = json.loads((folder / "again.json").read_text())["heads"]
+    for head, metrics in straight["heads"].items():
+        assert again[head]["per_class_accuracy"] == metrics["per_class_accuracy"]
+
+
+def test_another_number_of_processes_is_refused(folder):
+    done = run(folder, "train.py", "--stage1.expected_processes", "2", "--name", "two", check=False)
+    assert done.returncode != 0
+    assert "asks for 2 processes (expected_processes) but 1 started" in done.stderr
+    assert not (folder / "out/two").exists()
+
+
+def test_the_launch_configuration_starts_two_processes(folder):
+    configuration = str(ROOT / "recipes/accelerate/cpu_2.yaml")
+    arguments = command("train.py", *SHORT, "--name", "two", "--stage1.expected_processes", "2")
+    arguments[2:2] = ["--config_file", configuration]
+    done = finish(start(folder, arguments))
+    assert "2 process(es) on cpu" in done.stdout
+    assert "global batch 64 = 32 x 2 process(es)" in done.stdout
+    results = json.loads((folder / "out/two/results.json").read_text())
+    assert results["heads"]["crt"]["images"] == 500
+
+
+def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(folder):
+    done = run(folder, "train.py", "--stage1.between_wieght", "0.2", check=False)
+    assert done.returncode != 0
+    assert "between_weight" in done.stderr
+    assert "process(es)" not in done.stdout
