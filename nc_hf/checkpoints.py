@@ -7,8 +7,10 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -73,3 +75,15 @@ def check_names(folder: Path, expected: Iterable[str]) -> None:
             "model or without class centers. Start afresh (another output_dir or no resume), or use centers: batch, "
             "which has no centers to restore."
         )
+
+
+def check_agreement(accelerator: Accelerator, tensor: Tensor) -> None:
+    """Stop before a checkpoint of class centers that differ between processes is written.
+
+    Raises:
+        RuntimeError: when they do.
+    """
+    if accelerator.num_processes > 1:
+        sums = accelerator.gather(tensor.double().sum()[None])
+        if (sums != sums[0]).any():
+            raise RuntimeError(f"the class centers differ between processes (their sums are {sums.tolist()}).")

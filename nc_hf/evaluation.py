@@ -6,10 +6,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nc_hf.labels import counts_of
 from nc_hf.metrics.calibration import expected_calibration_error
 from nc_hf.metrics.geometry import measure_geometry
 from nc_hf.metrics.long_tail_accuracy import long_tail_accuracy
@@ -40,6 +42,8 @@ def evaluate_classifier(
     started = time.perf_counter()
     batches = [(logits.cpu(), labels.cpu()) for _, logits, labels in trainer.iterate_features(dataset)]
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
+    if (seen := np.bincount(labels, minlength=len(class_counts))).tolist() != list(counts_of(dataset)):
+        raise RuntimeError(f"the evaluation saw {seen.sum()} images of {len(dataset)}, or some of them twice.")
     metrics = long_tail_accuracy(
         logits.argmax(axis=1), labels, class_counts, few_below=few_below, many_above=many_above
     )

@@ -1,10 +1,11 @@
-"""What depends on the epoch: learning rate, the start of the collapse terms, the start of class weighting."""
+"""What depends on the epoch, and the parameter groups that do not follow it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.optimizer import Optimizer
 
@@ -75,6 +76,13 @@ def epoch_scheduler(
     """
     factor = learning_rate_factor(args, num_epochs)
     return LambdaLR(optimizer, lambda step: factor(step // updates_per_epoch))
+
+
+def move_to_own_group(optimizer: Optimizer, parameter: Tensor, **settings: float) -> None:
+    """Give one parameter of an optimizer a group of its own, the last one, with these settings."""
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p is not parameter]
+    optimizer.add_param_group({"params": [parameter], **settings})
 
 
 def hold_constant(scheduler: LRScheduler, group: int) -> None:

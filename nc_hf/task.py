@@ -73,6 +73,11 @@ class ClassificationTask(nn.Module):
         """The last layer of the classifier."""
         return self.classifier.get_submodule(self.head_name)
 
+    @property
+    def learned_centers(self) -> nn.Parameter | None:
+        """Class centers (K, P) that an optimizer trains, if any."""
+        return self.collapse.centers if self.collapse is not None and self.collapse.mode == "learned" else None
+
     def train(self, mode: bool = True) -> ClassificationTask:
         """Like `nn.Module.train`, except that a frozen backbone stays in eval mode."""
         super().train(mode)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
-from nc_hf.checkpoints import check_names, mark_complete, newest_complete
-from nc_hf.data.augment import draw_mixup, mix
+from nc_hf.checkpoints import check_agreement, check_names, mark_complete, newest_complete
 from nc_hf.hub import save_pretrained
 from nc_hf.labels import counts_of, labels_of
 from nc_hf.metrics.geometry import class_means
+from nc_hf.mixup import mix_batch
 from nc_hf.models.classifier import feature_dim
 from nc_hf.rebalancing import EpochSampler, mix_seeds
 from nc_hf.run_log import RunLog, nonfinite_error
-from nc_hf.schedule import describe_schedule, epoch_scheduler, hold_constant
+from nc_hf.schedule import describe_schedule, epoch_scheduler, hold_constant, move_to_own_group
 from nc_hf.task import ClassificationTask, build_task
 from nc_hf.training_args import NCTrainingArguments, resolve_epoch
 
@@ -82,8 +82,8 @@ class NCTrainer(Trainer):
         )
         if model_init := kwargs.pop("model_init", None):
             kwargs["model_init"] = lambda *trial: wrap(model_init(*trial))
-        if "data_collator" not in kwargs and hasattr(train_dataset, "collate"):
-            kwargs["data_collator"] = train_dataset.collate
+        if hasattr(train_dataset, "collate"):
+            kwargs.setdefault("data_collator", train_dataset.collate)
         if hasattr(kwargs.get("processing_class"), "data_config"):
             kwargs["processing_class"] = None  # a timm model's own config keeps these settings
         self.user_callbacks = kwargs.get("callbacks")
@@ -112,24 +112,20 @@ class NCTrainer(Trainer):
         self._enter_epoch()
         counts = torch.zeros(self.task.num_classes, device=device)
         for batch in batches:
-            counts.index_add_(0, batch["labels"], torch.ones_like(batch["labels"], dtype=counts.dtype))
+            labels = batch["labels"]
+            if labels.ndim != 1 or labels.is_floating_point():
+                raise ValueError(
+                    f"`labels` must be one integer an image, got {tuple(labels.shape)} of {labels.dtype}. To mix "
+                    "images, set mixup_alpha instead of mixing in the data set."
+                )
+            counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
             batch["update_counts"], batch["update_batches"] = counts, len(batches)
             if self.args.mixup_alpha:
-                self._mix_up(batch, mix_seeds(self.args.seed, self.state.global_step, number))
+                seed = mix_seeds(self.args.seed, self.state.global_step, number)
+                mix_batch(self.accelerator, batch, self.args.mixup_alpha, seed)
         return batches, None
-
-    def _mix_up(self, batch: dict[str, Any], seed: int) -> None:
-        """Mix images with partners from the batches of all processes, as one process would."""
-        images, labels = batch["pixel_values"], batch["labels"]
-        all_images, all_labels = self.accelerator.gather((images, labels))
-        mixing, partners = draw_mixup(len(all_labels), self.args.mixup_alpha, seed)
-        first = self.accelerator.process_index * len(labels)
-        partners = partners[first : first + len(labels)].to(labels.device)
-        batch["pixel_values"] = mix(images, all_images[partners], mixing)
-        batch["partners"] = all_labels[partners]
-        batch["mixing"] = torch.tensor(mixing, dtype=torch.float32, device=labels.device)
 
     def _enter_epoch(self) -> None:
         """Switch on what starts at this epoch."""
@@ -197,7 +193,7 @@ class NCTrainer(Trainer):
     # ---- Data, optimizer, schedule ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset = train_dataset or self.train_dataset
         labels = labels_of(dataset)
         if labels is None:
             if self.args.sampler != "instance":
@@ -240,22 +236,13 @@ class NCTrainer(Trainer):
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
 
-    def _is_center(self, parameter: Tensor) -> bool:
-        collapse = self.task.collapse
-        return collapse is not None and collapse.mode == "learned" and parameter is collapse.centers
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in `Trainer`, with learned centers in a group of plain SGD."""
-        fresh = self.optimizer is None
+        fresh, centers = self.optimizer is None, self.task.learned_centers
         optimizer = super().create_optimizer(model)
-        if fresh:
-            centers = []
-            for group in optimizer.param_groups:
-                centers += [p for p in group["params"] if self._is_center(p)]
-                group["params"] = [p for p in group["params"] if not self._is_center(p)]
-            if centers:
-                settings = {"lr": self.args.centers_learning_rate, "momentum": 0.0, "weight_decay": 0.0}
-                optimizer.add_param_group({"params": centers, **settings})
+        if fresh and centers is not None:
+            rate = self.args.centers_learning_rate
+            move_to_own_group(optimizer, centers, lr=rate, momentum=0.0, weight_decay=0.0)
         return optimizer
 
     def create_scheduler(
@@ -269,12 +256,12 @@ class NCTrainer(Trainer):
                 self._created_lr_scheduler = True
             else:
                 super().create_scheduler(num_training_steps, optimizer)
-            if any(self._is_center(p) for p in optimizer.param_groups[-1]["params"]):
+            if self.task.learned_centers is not None:
                 hold_constant(self.lr_scheduler, group=-1)
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        network = [p for p in model.parameters() if not self._is_center(p)]
+        network = [p for p in model.parameters() if p is not self.task.learned_centers]
         return self.accelerator.clip_grad_norm_(network, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
@@ -315,6 +302,8 @@ class NCTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if (collapse := self.task.collapse) is not None and collapse.mode != "batch":
+            check_agreement(self.accelerator, collapse.centers.detach())
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

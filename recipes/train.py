@@ -41,17 +41,17 @@ def main(arguments: list[str]) -> None:
             f"{run} holds the results of another recipe (digest {results['recipe_digest']}, this one is {digest}). "
             "Choose another --name or --output_dir, or remove that folder."
         )
-    stages = [stage for stage in HEADS if getattr(recipe, stage) is not None]
+    stages = {stage: stage_arguments(stage, recipe, run) for stage in HEADS if getattr(recipe, stage) is not None}
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
     if any(HEADS[stage] not in results.get("heads", {}) for stage in stages):
         images, model, processor = load_data_and_model(recipe)
         results = results or start_results(recipe, images, digest)
-        for stage in stages:
+        for stage, args in stages.items():
             if HEADS[stage] in results["heads"]:
                 continue
-            trainer = train_stage(stage, recipe, run, images, model, processor)
+            trainer = train_stage(stage, args, recipe, run, images, model, processor)
             report_stage(stage, trainer, recipe, run, images, results)
             if state.is_main_process:
                 write_results(run / "results.json", results)
@@ -89,6 +89,7 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str,
 
     data, train = recipe.data, images["train"]
     dataset = {"name": data.dataset, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
+    dataset["description"] = train.description
     return {
         "recipe_digest": digest,
         "seed": recipe.seed,
@@ -102,34 +103,37 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str,
     }
 
 
-def train_stage(stage: str, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any) -> Any:
-    """Train one stage, resumed where it was interrupted, and return its trainer."""
-    from nc_hf.models.classifier import load_classifier
-    from nc_hf.retraining import retrain_classifier
-    from nc_hf.run_log import RunLog
-    from nc_hf.trainer import NCTrainer
+def stage_arguments(stage: str, recipe: Any, run: Path) -> Any:
+    """The arguments of a stage, built and so checked before any data are read."""
     from nc_hf.training_args import NCTrainingArguments, RetrainingArguments
 
     settings = {
         "output_dir": str(run / "checkpoints" / stage),
         "seed": recipe.seed,
         "logging_strategy": "epoch",
-        "eval_strategy": "epoch" if "validation" in images else "no",
         "save_strategy": "epoch",
         "save_total_limit": 2,
         "per_device_eval_batch_size": recipe.evaluation.batch_size,
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
     } | getattr(recipe, stage)
-    args = (NCTrainingArguments if stage == "stage1" else RetrainingArguments)(**settings)
+    return (NCTrainingArguments if stage == "stage1" else RetrainingArguments)(**settings)
+
+
+def train_stage(
+    stage: str, args: Any, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any
+) -> Any:
+    """Train one stage, resumed where it was interrupted, and return its trainer."""
+    from nc_hf.models.classifier import load_classifier
+    from nc_hf.retraining import retrain_classifier
+    from nc_hf.run_log import RunLog
+    from nc_hf.trainer import NCTrainer
+
     log = RunLog(run / "log.jsonl", stage)
-    shared = {
-        "head": recipe.model.head,
-        "processing_class": processor,
-        "eval_dataset": images.get("validation"),
-        "compute_metrics": validation_metrics(recipe, images["train"]),
-        "callbacks": [log],
-    }
+    shared = {"head": recipe.model.head, "processing_class": processor, "callbacks": [log]}
+    if "validation" in images:
+        args.eval_strategy = args.logging_strategy
+        shared |= {"eval_dataset": images["validation"], "compute_metrics": validation_metrics(recipe, images)}
     started = time.perf_counter()
     if stage == "stage1":
         trainer = NCTrainer(model, args, train_dataset=images["train"], **shared)
@@ -142,12 +146,16 @@ def train_stage(stage: str, recipe: Any, run: Path, images: dict[str, Any], mode
     return trainer
 
 
-def validation_metrics(recipe: Any, train: Any) -> Any:
+def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:
     """Metrics of the validation split, shown after each epoch."""
     from nc_hf.metrics import compute_metrics_for
 
-    evaluation = recipe.evaluation
-    return compute_metrics_for(train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above)
+    return compute_metrics_for(
+        images["train"].class_counts,
+        few_below=recipe.evaluation.few_below,
+        many_above=recipe.evaluation.many_above,
+        test_counts=images["validation"].class_counts,
+    )
 
 
 def report_stage(

@@ -272,6 +272,19 @@ def test_own_lists_of_an_imagenet_tree(tmp_path: Path, caplog: pytest.LogCapture
     assert class_counts(thinned["train"]).tolist() == [6, 3, 1]
 
 
+def test_cache_follows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, counts in (("a", [6, 3, 1]), ("b", [4, 2])):
+        image_tree(tmp_path / name / "images", counts)
+        monkeypatch.chdir(tmp_path / name)  # the same relative folder, other images
+        splits = load_splits("imagenet_lt", data_dir="images", cache_dir=str(tmp_path / "cache"))
+        assert class_counts(splits["train"]).tolist() == counts
+    found = tmp_path / "b" / "images" / "ImageNet_LT_train.txt"
+    found.write_text("".join(found.read_text().splitlines(keepends=True)[1:]))
+    again = load_splits("imagenet_lt", data_dir="images", cache_dir=str(tmp_path / "cache"))
+    assert class_counts(again["train"]).tolist() == [3, 2]
+    assert again["train"]._fingerprint != splits["train"]._fingerprint
+
+
 def test_list_checksum_does_not_depend_on_the_folder(tmp_path: Path) -> None:
     found = []
     for name in ("a", "b"):

@@ -333,6 +333,13 @@ def test_missing_counts_and_labels_are_asked_for(images, tmp_path):
         trainer.train()
 
 
+def test_soft_labels_are_refused(images, tmp_path):
+    rows = [{"pixel_values": image, "labels": torch.full((4,), 0.25)} for image in images.images[:40]]
+    trainer = NCTrainer(network(), arguments(tmp_path), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"one integer an image, got \(36, 4\) of torch.float32.*set mixup_alpha"):
+        trainer.train()
+
+
 def test_a_foreign_loss_function_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="would replace the loss of NCTrainer"):
         NCTrainer(network(), arguments(tmp_path), train_dataset=images, compute_loss_func=lambda *a: 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +89,16 @@ class LongTailBuilder(ArrowBasedBuilder):
     BUILDER_CONFIG_CLASS = LongTailConfig
     BUILDER_CONFIGS = presets(10, 50, 100)
     DEFAULT_CONFIG_NAME = "r100"
+    SOURCE_FILES: ClassVar[tuple[str, ...]] = ("**/*.parquet", "**/*.bin", "**/*.gz")
     benchmark: ClassVar[Benchmark]
 
-    def __init__(self, *arguments: Any, **kwargs: Any) -> None:
+    def __init__(self, *arguments: Any, data_dir: str | None = None, **kwargs: Any) -> None:
         # The cache is named after the module unless a data set name is given, so all builders here would share it.
-        super().__init__(*arguments, **{"dataset_name": type(self).__name__} | kwargs)
+        kwargs = {"dataset_name": type(self).__name__} | kwargs
+        if data_dir is not None:  # else the cache would know the folder by its spelling alone
+            data_dir = os.path.abspath(data_dir)
+            kwargs["hash"] = _state_of_files(Path(data_dir), self.SOURCE_FILES)
+        super().__init__(*arguments, data_dir=data_dir, **kwargs)
 
     def _info(self) -> DatasetInfo:
         names = ClassLabel(names=list(self.benchmark.class_names))
@@ -164,6 +170,13 @@ class LongTailBuilder(ArrowBasedBuilder):
             config.imbalance_ratio,
         )
         return ", not the standard subset"
+
+
+def _state_of_files(folder: Path, patterns: tuple[str, ...]) -> str:
+    """A digest of names, sizes and times of the files in a folder, so that changed files are not read from a cache."""
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    state = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def pixel_checksum(dataset: Dataset) -> str:

@@ -41,12 +41,14 @@ class ImageSet(torch.utils.data.Dataset):
         class_counts: (K,) int64.
         class_names: K names.
         skipped: unreadable images that were left out.
+        description: what the data set says of itself; for the benchmarks, a checksum of their pixels.
     """
 
     accepts_draws = True
 
     def __init__(self, dataset: Dataset, transform: ImageTransform, seed: int) -> None:
         self.transform, self.seed, self.skipped = transform, seed, 0
+        self.description = dataset.info.description
         self.labels, self.class_names = dataset_labels(dataset)
         column = find_image_column(dataset)
         self.encoded = dataset.select_columns([column]).cast_column(column, Image(decode=False)).with_format(None)

@@ -65,6 +65,7 @@ class ListedBuilder(LongTailBuilder):
 
     BUILDER_CONFIGS = [LongTailConfig(name="official")]
     DEFAULT_CONFIG_NAME = "official"
+    SOURCE_FILES = ("*.txt", "*.txt.gz")
     benchmark: ClassVar[ListedBenchmark]
 
     def _info(self) -> DatasetInfo:

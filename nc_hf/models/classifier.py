@@ -262,7 +262,7 @@ def find_head(model: nn.Module, num_labels: int | None = None, head: str | None 
     declared = root.get_classifier() if hasattr(root, "get_classifier") else root
     if isinstance(declared, tuple | list | nn.ModuleList):
         raise ValueError(
-            f"{name} has {len(declared)} heads whose outputs are averaged, so no one vector is its feature. "
+            f"{name} has {len(declared)} heads whose outputs are combined, so no one vector is its feature. "
             "Choose a model with one head, for instance one without distillation."
         )
     backbone = getattr(model, "base_model", model)  # of transformers
