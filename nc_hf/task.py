@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from nc_hf.losses.classification import SUPERVISED_LOSSES, cross_entropy
 from nc_hf.losses.collapse import NeuralCollapseLoss
-from nc_hf.models.classifier import FeatureTap, feature_dim, find_head, logits_of
+from nc_hf.models.classifier import FeatureTap, check_tap, feature_dim, find_head, logits_of
 from nc_hf.rebalancing import class_weights
 from nc_hf.training_args import NCTrainingArguments
 
@@ -66,7 +66,7 @@ class ClassificationTask(nn.Module):
         self.register_buffer("centers_ready", torch.tensor(False))
         self.freeze_backbone = freeze_backbone
         self.collapse_active = self.weighting_active = False
-        self.tap = FeatureTap(model, head_name)
+        self.tap, self._tap_is_checked = FeatureTap(model, head_name), False
 
     @property
     def head(self) -> nn.Module:
@@ -85,6 +85,12 @@ class ClassificationTask(nn.Module):
             self.classifier.eval()
             self.head.train(mode)
         return self
+
+    def check_tap_once(self, pixel_values: Tensor) -> None:
+        """Before the first update, make sure on two images that the tapped features are what the logits come from."""
+        if not self._tap_is_checked:
+            check_tap(self.classifier, self.head_name, pixel_values[:2])
+            self._tap_is_checked = True
 
     def features_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """One forward pass.

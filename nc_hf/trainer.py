@@ -68,10 +68,7 @@ class NCTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
         if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process mean DataParallel, which NCTrainer does not support. "
-                "Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
-            )
+            raise ValueError(f"{args.n_gpu} GPUs in one process are not supported: start with `accelerate launch`.")
         train_dataset = kwargs.get("train_dataset")
         if class_counts is None:
             class_counts = counts_of(train_dataset)
@@ -109,6 +106,8 @@ class NCTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The batches of the next update, each with the class counts of all of them and its mixup partners."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.is_fsdp_enabled:  # which runs a model through its wrapper alone
+            self.task.check_tap_once(batches[0]["pixel_values"])
         self._enter_epoch()
         counts = torch.zeros(self.task.num_classes, device=device)
         for batch in batches:
@@ -122,9 +121,8 @@ class NCTrainer(Trainer):
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
             batch["update_counts"], batch["update_batches"] = counts, len(batches)
-            if self.args.mixup_alpha:
-                seed = mix_seeds(self.args.seed, self.state.global_step, number)
-                mix_batch(self.accelerator, batch, self.args.mixup_alpha, seed)
+            if alpha := self.args.mixup_alpha:
+                mix_batch(self.accelerator, batch, alpha, mix_seeds(self.args.seed, self.state.global_step, number))
         return batches, None
 
     def _enter_epoch(self) -> None:

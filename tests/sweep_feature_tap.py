@@ -29,7 +29,7 @@ COLUMNS = ["library", "family", "model", "names", "result", "feature_width", "ch
 
 
 def why_not(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
 
 
 def timm_head(name: str) -> tuple[str, int | str, int]:
