@@ -85,8 +85,9 @@ def transformers_row(family: str, class_name: str) -> dict:
         with torch.device("cpu" if checked == "forward" else "meta"):
             model = cls(config_class(num_labels=NUM_CLASSES))
         if checked == "forward":
-            side = getattr(model.config, "image_size", None) or 224
-            result, detail = forward(model, tuple(side) if isinstance(side, list | tuple) else (side, side))
+            side = getattr(model.config, "image_size", None)
+            side = min(side, 224) if isinstance(side, int) else 224
+            result, detail = forward(model, (side, side))
         else:
             result, detail = "works", feature_dim(find_head(model)[1])
     except Exception as error:
@@ -109,11 +110,9 @@ def main() -> None:
         table.writeheader()
         for family in timm.list_modules():
             table.writerows(timm_rows(family))
-            file.flush()
         for family, names in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items():
             for class_name in [names] if isinstance(names, str) else names:
                 table.writerow(transformers_row(family, class_name))
-                file.flush()
 
 
 if __name__ == "__main__":
