@@ -31,6 +31,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 from nc_hf.models.classifier import (
     FeatureTap,
@@ -260,6 +261,16 @@ def test_reset_and_freeze():
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.02) and model.fc.bias.abs().sum() == 0
     freeze_backbone(model, "fc")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+
+
+def test_logits_of_what_models_return():
+    logits = torch.randn(2, 3)
+    assert (
+        logits_of(logits) is logits_of({"logits": logits}) is logits_of(ImageClassifierOutput(logits=logits)) is logits
+    )
+    for output in ((logits, logits), {"last_hidden_state": logits}, BaseModelOutput(last_hidden_state=logits)):
+        with pytest.raises(ValueError, match=f"returns {type(output).__name__} without `logits`"):
+            logits_of(output)
 
 
 # ---- Loading ----

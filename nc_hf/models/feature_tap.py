@@ -52,10 +52,15 @@ class FeatureTap:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits (B, K) from what a classifier returns: a tensor, or an output of transformers."""
-    if isinstance(output, Tensor):
-        return output
-    return output["logits"] if isinstance(output, Mapping) else output.logits
+    """Logits (B, K) from what a classifier returns: a tensor, or an output of transformers.
+
+    Raises:
+        ValueError: when it has none.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returns {type(output).__name__} without `logits`: it is no classifier.")
+    return logits
 
 
 def check_tap(model: nn.Module, head_name: str, pixel_values: Tensor) -> None:
