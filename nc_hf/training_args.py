@@ -22,13 +22,13 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 def resolve_epoch(value: float, num_epochs: float) -> float:
     """Epochs from a setting: a number below 1 is a fraction of the run, anything else counts epochs (0 is the start).
 
-    Fractions are rounded to whole epochs, at least one, so a recipe keeps its shape when its run is shortened.
+    Fractions are cut to whole epochs, at least one, so a recipe keeps its shape when its run is shortened.
 
     Args:
         value: >= 0.
         num_epochs: of the run.
     """
-    return float(max(1, math.floor(value * num_epochs + 0.5))) if 0 < value < 1 else float(value)
+    return float(max(1, math.floor(value * num_epochs + 1e-6))) if 0 < value < 1 else float(value)
 
 
 @dataclass
@@ -137,6 +137,8 @@ class NCTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the new settings before any device is touched."""
         self._check()
+        # Launched on a machine without an accelerator, each process would else think that it is alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self._resolve_precision()
         if self.device.type == "cpu":

@@ -78,7 +78,7 @@ def test_the_same_command_again_shows_the_table_without_training(folder, straigh
     before = (folder / "out/straight/results.json").stat().st_mtime_ns
     done = run(folder, "train.py", *SHORT, "--name", "straight")
     assert "base" in done.stdout
-    assert "epoch" not in done.stdout
+    assert "stage1 epoch" not in done.stdout
     assert (folder / "out/straight/results.json").stat().st_mtime_ns == before
 
 

@@ -278,7 +278,7 @@ def test_precision_and_memory_format_are_chosen_and_logged(tmp_path):
     fast = NCTrainingArguments(output_dir=str(tmp_path))
     assert (fast.precision == "fp32") != (fast.bf16 or fast.fp16)
     assert fast.channels_last == (fast.precision != "fp32")
-    assert NCTrainingArguments(output_dir=str(tmp_path), bf16=True, use_cpu=True).precision == "bf16"
+    assert NCTrainingArguments(output_dir=str(tmp_path), bf16=True).precision == "bf16"
     slow = NCTrainingArguments(output_dir=str(tmp_path), precision="fp32", channels_last=True)
     assert (slow.bf16, slow.fp16, slow.channels_last) == (False, False, True)
 

@@ -86,7 +86,7 @@ def check_tap(model: nn.Module, head_name: str, pixel_values: Tensor) -> None:
         tap.remove()
         model.train(was_training)
     name, tolerance = type(model).__name__, 1e-4 if head.weight.dtype == torch.float32 else 1e-2
-    if logits.shape != again.shape or not torch.allclose(logits, again, rtol=tolerance, atol=tolerance):
+    if logits.shape != again.shape or not torch.allclose(logits, again, tolerance, tolerance, equal_nan=True):
         raise ValueError(
             f"{name}: the output of {head_name!r} is not the model's logits, so it cannot be its head. "
             "Name another layer by `head: <module path>`."
