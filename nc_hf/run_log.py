@@ -85,7 +85,7 @@ class RunLog(TrainerCallback):
             parts += [
                 f"validation {name.removeprefix('eval_')} {value:.3f}"
                 for name, value in self.record.items()
-                if name.startswith("eval_accuracy")
+                if name.startswith(("eval_accuracy", "eval_class_mean_accuracy"))
             ]
             if "images_per_second" in self.record:
                 parts.append(f"{self.record['images_per_second']:.0f} images/s")
