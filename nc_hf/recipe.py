@@ -39,12 +39,17 @@ DIGEST_VERSION = 1
 
 UNTOLD_PREFIXES = ("logging_", "log_level", "save_", "eval_", "per_device_eval_", "trackio_", "do_")
 UNTOLD = (
+    "batch_eval_metrics",
+    "dataloader_multiprocessing_context",
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_pin_memory",
     "dataloader_prefetch_factor",
+    "ddp_timeout",
     "disable_tqdm",
+    "include_for_metrics",
     "log_on_each_node",
+    "prediction_loss_only",
     "project",
     "report_to",
     "resume_from_checkpoint",
@@ -167,7 +172,10 @@ def _override_settings(arguments: Sequence[str]) -> Iterator[_Setting]:
             text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
         section, _, name = option.removeprefix("--").replace("-", "_").rpartition(".")
         value = parse_text(text, option)
-        if name in STAGES and not section and value is None:
+        if section or name not in SECTIONS:
+            yield _Setting(section, name, coerced(section, name, value, option))
+        elif name in STAGES and value is None:
             yield _Setting(name, None, None)
         else:
-            yield _Setting(section, name, coerced(section, name, value, option))
+            null = f", or leave the stage out by `--{name} null`" if name in STAGES else ""
+            raise ValueError(f"{option}: `{name}` is a section. Set its values by `--{name}.key value`{null}.")

@@ -65,7 +65,7 @@ def main(folder: Path) -> None:
     run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned")
     run.train()
     answers["resnet"] = summary(run)
-    run = trainer(folder, processes, network_without_batch_statistics(), centers="ema")
+    run = trainer(folder, processes, network_without_batch_statistics(), centers="learned")
     if run.args.process_index == processes - 1:  # one process alone meets the bad image
         run.train_dataset.images[:] = float("nan")
     try:

@@ -352,12 +352,16 @@ def test_a_mean_without_direction_has_no_angle() -> None:
         ({"features": torch.zeros(3, 7)}, r"\(B, 5\).*got \(3, 7\)"),
         ({"head": torch.zeros(4, 5)}, r"\(3, P\), got shape \(4, 5\)"),
         ({"features": torch.zeros(0, 5), "labels": torch.zeros(0, dtype=torch.long)}, "no image"),
+        ({"features": torch.eye(3, 5).index_fill(0, torch.tensor([1]), math.nan)}, "row 1 .* features is not finite"),
+        ({"features": torch.eye(3, 5).index_fill(0, torch.tensor([2]), math.inf)}, "row 2 .* features is not finite"),
+        ({"head": torch.full((3, 5), math.nan)}, "the head has parameters that are not finite"),
+        ({"bias": torch.full((3,), math.inf)}, "the head has parameters that are not finite"),
     ],
 )
 def test_bad_input(change: dict, message: str) -> None:
     given = {"features": torch.randn(3, 5), "labels": torch.arange(3), "head": torch.zeros(3, 5)} | change
     with pytest.raises(ValueError, match=message):
-        measure_geometry(lambda: [(given["features"], given["labels"])], given["head"], None, 3)
+        measure_geometry(lambda: [(given["features"], given["labels"])], given["head"], given.get("bias"), 3)
 
 
 def test_passes_over_different_images_are_refused() -> None:

@@ -211,7 +211,7 @@ def test_compute_metrics_is_flat_floats() -> None:
     from transformers import EvalPrediction
 
     logits, labels = random_evaluation()
-    result = compute_metrics_for(COUNTS)(EvalPrediction(predictions=(logits, logits), label_ids=labels))
+    result = compute_metrics_for(COUNTS)(EvalPrediction(predictions=(logits, -logits), label_ids=labels))
     expected = long_tail_accuracy(logits.argmax(1), labels, COUNTS) | expected_calibration_error(logits, labels)
     del expected["per_class_accuracy"]
     assert result == pytest.approx(expected)

@@ -104,6 +104,8 @@ model:
         ("stage1:\n  learning_rate: fast\n", 2, "`stage1.learning_rate` must be float, got 'fast'"),
         ("stage1:\n  learning_rate: null\n", 2, "must be float, got None"),
         ("stage1:\n  learning_rate: .nan\n", 2, "must be float, got '.nan'"),
+        ("stage1:\n  learning_rate: nan\n", 2, "must be float, got 'nan' (Input should be a finite number)"),
+        ("stage1:\n  learning_rate: inf\n", 2, "must be float, got 'inf' (Input should be a finite number)"),
         ("stage1:\n  learning_rate: [0.1]\n", 2, "must be float, got ['0.1']"),
         ("stage1:\n  lr_milestones: 0.8\n", 2, "must be list[float] | None, got '0.8'"),
         ("stage1:\n  bf16: maybe\n", 2, "must be bool, got 'maybe'"),
@@ -261,7 +263,9 @@ def test_overrides(write: Callable) -> None:
         (["learning_rate", "1"], "'learning_rate' is no option"),
         (["--seed", "1", "2"], "'2' is no option"),
         (["--extends", "a.yaml"], "no setting `extends`"),
-        (["--stage1", "x"], "no setting `stage1`"),
+        (["--stage1", "x"], "`stage1` is a section. .*`--stage1.key value`, or leave the stage out"),
+        (["--stage2"], "`stage2` is a section"),
+        (["--model", "null"], "`model` is a section. Set its values by `--model.key value`.$"),
         (["--name", "${HOME}"], "variables are not expanded"),
         (["--stage1.lr_milestones", "[0.5"], "--stage1.lr_milestones:1: not valid YAML"),
         (["--stage1.lr_milestones", "[!!int 1]"], "tags"),
@@ -392,6 +396,7 @@ def test_digest_changes_with_what_changes_the_weights(overrides: tuple[str, ...]
         ("--stage1.save_strategy", "no"),
         ("--stage2.report_to", "tensorboard"),
         ("--stage1.dataloader_num_workers", "4"),
+        ("--stage1.ddp_timeout", "60"),
         ("--stage1.within_weight", "0.01"),  # the default, written out
     ],
 )

@@ -5,6 +5,8 @@ Sigma_W = 1/N sum_i (h_i - mu_y)(h_i - mu_y)^T over images and Sigma_B = 1/K sum
 tr(Sigma_W Sigma_B^+) / K. The authors' code leaves out that division, and its `myNC1` also takes sums over images and
 squared class sizes; on balanced data that is K^2 / N times ours, so it shrinks as the data grow.
 
+Variances are over n_k images, not n_k - 1, as in the papers, which makes those of the smallest classes look small.
+
 Classes without images are left out of everything, and those with one image, which have no spread, out of NC1.
 """
 
@@ -52,7 +54,7 @@ def class_means(
         Means (K, P) float64, zero for classes without images, and counts (K,) int64.
 
     Raises:
-        ValueError: for labels outside [0, K) or features of another width.
+        ValueError: for labels outside [0, K), or features that are not finite or of another width.
     """
     sums = torch.zeros(num_classes, feature_dim, dtype=torch.float64, device=device)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
@@ -101,11 +103,13 @@ def measure_geometry(
         * `classes_absent`, `classes_with_one_image`: how many were left out.
 
     Raises:
-        ValueError: for no images, a head, labels or features of another size than K and P, or a second pass over
-            other images than the first.
+        ValueError: for no images, a head, labels or features of another size than K and P, a head or features that
+            are not finite, or a second pass over other images than the first.
     """
     if head_weight.ndim != 2 or len(head_weight) != num_classes:
         raise ValueError(f"`head_weight` must be ({num_classes}, P), got shape {tuple(head_weight.shape)}.")
+    if not all(parameter.isfinite().all() for parameter in (head_weight, head_bias) if parameter is not None):
+        raise ValueError("the head has parameters that are not finite. Check that training did not diverge.")
     # Apple's GPUs have no float64.
     device = torch.device("cpu") if head_weight.device.type == "mps" else head_weight.device
     width = head_weight.shape[1]
@@ -147,6 +151,9 @@ def _checked(
             raise ValueError(f"features must be (B, {feature_dim}), as the head takes, got {tuple(features.shape)}.")
         if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
             raise ValueError(f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}.")
+        if not features.isfinite().all():
+            row = int(features.isfinite().all(dim=1).logical_not().nonzero()[0])
+            raise ValueError(f"row {row} of a batch of features is not finite. Check that training did not diverge.")
         yield features.detach().to(device, torch.float64), labels.to(device), logits[0].to(device) if logits else None
 
 
