@@ -14,6 +14,7 @@ import nc_hf.models.cifar_resnet  # noqa: F401
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CollapseCallback": "collapse_callback",
     "ImageTransform": "data.augment",
     "NCTrainer": "trainer",
     "NCTrainingArguments": "training_args",

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from nc_hf.labels import counts_of
 from nc_hf.metrics.calibration import expected_calibration_error
 from nc_hf.metrics.geometry import measure_geometry
-from nc_hf.metrics.long_tail_accuracy import long_tail_accuracy
+from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, long_tail_accuracy
 from nc_hf.trainer import NCTrainer
 
 
@@ -23,8 +23,8 @@ def evaluate_classifier(
     dataset: Dataset,
     class_counts: Sequence[int],
     *,
-    few_below: int = 20,
-    many_above: int = 100,
+    few_below: int = FEW_BELOW,
+    many_above: int = MANY_ABOVE,
 ) -> dict[str, Any]:
     """Accuracies and calibration of a trainer's classifier on one data set, in one pass.
 

@@ -40,6 +40,7 @@ DIGEST_VERSION = 1
 UNTOLD_PREFIXES = ("logging_", "log_level", "save_", "eval_", "per_device_eval_", "trackio_", "do_")
 UNTOLD = (
     "batch_eval_metrics",
+    "channels_last",
     "dataloader_multiprocessing_context",
     "dataloader_num_workers",
     "dataloader_persistent_workers",
@@ -55,6 +56,9 @@ UNTOLD = (
     "resume_from_checkpoint",
     "run_name",
     "skip_memory_metrics",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
 )
 
 
@@ -100,9 +104,10 @@ def dump_recipe(recipe: Recipe) -> str:
 def recipe_digest(recipe: Recipe, data_checksum: str | None = None) -> str:
     """16 hexadecimal digits that change with the settings that decide a run's weights, and with no others.
 
-    They cover the data's identity, the model, both stages and the seed, but no folder, nothing of the Hub and nothing
-    of logging, saving or evaluation. What the machine decides is not in a recipe: the number of processes, and the
-    precision where it is auto. Put the resolved precision into the stages first where it must count.
+    They cover the data's identity, the model, both stages and the seed, but no folder, nothing of the Hub, nothing of
+    logging, saving or evaluation, and nothing that only makes the same computation faster. What the machine decides
+    is not in a recipe: the number of processes, and the precision where it is auto. Put the resolved precision into
+    the stages first where it must count.
 
     Args:
         recipe: of the run.

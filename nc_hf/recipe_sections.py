@@ -63,6 +63,7 @@ class EvaluationConfig:
     few_below: Annotated[int, Field(ge=0)] = FEW_BELOW
     many_above: Annotated[int, Field(ge=0)] = MANY_ABOVE
     geometry: bool = True
+    geometry_every: Annotated[int, Field(ge=0)] = 0  # epochs of stage one; 0 measures after it alone
 
     def __post_init__(self) -> None:
         """Refuse thresholds that overlap."""

@@ -32,26 +32,30 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(path, arguments)
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
+    from nc_hf.image_sets import read_splits
     from nc_hf.results import read_results, results_table, write_results
 
     run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
-    digest, results = recipe_digest(recipe), read_results(run / "results.json")
+    stages = {stage: stage_arguments(stage, recipe, run) for stage in HEADS if getattr(recipe, stage) is not None}
+    for stage, args in stages.items():
+        getattr(recipe, stage)["precision"] = args.precision  # what `auto` means on this machine
+    splits = read_splits(recipe)
+    digest, results = recipe_digest(recipe, splits["train"].info.description), read_results(run / "results.json")
     if results and results["recipe_digest"] != digest:
         raise SystemExit(
             f"{run} holds the results of another recipe (digest {results['recipe_digest']}, this one is {digest}). "
             "Choose another --name or --output_dir, or remove that folder."
         )
-    stages = {stage: stage_arguments(stage, recipe, run) for stage in HEADS if getattr(recipe, stage) is not None}
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
     if any(HEADS[stage] not in results.get("heads", {}) for stage in stages):
-        images, model, processor = load_data_and_model(recipe)
+        model, processor, images = load_model_and_images(recipe, splits)
         results = results or start_results(recipe, images, digest)
         for stage, args in stages.items():
             if HEADS[stage] in results["heads"]:
                 continue
-            trainer = train_stage(stage, args, recipe, run, images, model, processor)
+            trainer, results["training"][stage] = train_stage(stage, args, recipe, run, images, model, processor)
             report_stage(stage, trainer, recipe, run, images, results)
             if state.is_main_process:
                 write_results(run / "results.json", results)
@@ -61,14 +65,14 @@ def main(arguments: list[str]) -> None:
     state.destroy_process_group()
 
 
-def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
-    """The image set of each split, and the classifier with its image processor."""
+def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """The classifier with its image processor, and the image set of each split."""
     from transformers import set_seed
 
-    from nc_hf.image_sets import image_sets, read_splits
+    from nc_hf.image_sets import image_sets
     from nc_hf.models.classifier import image_settings, load_classifier
 
-    splits, spec = read_splits(recipe), recipe.model
+    spec = recipe.model
     names = splits["train"].features["label"].names
     set_seed(recipe.seed)
     model, processor = load_classifier(
@@ -80,7 +84,7 @@ def load_data_and_model(recipe: Any) -> tuple[dict[str, Any], Any, Any]:
         image_size=spec.image_size,
         **spec.model_args,
     )
-    return image_sets(recipe, splits, image_settings(model, processor)), model, processor
+    return model, processor, image_sets(recipe, splits, image_settings(model, processor))
 
 
 def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str, Any]:
@@ -122,8 +126,9 @@ def stage_arguments(stage: str, recipe: Any, run: Path) -> Any:
 
 def train_stage(
     stage: str, args: Any, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any
-) -> Any:
-    """Train one stage, resumed where it was interrupted, and return its trainer."""
+) -> tuple[Any, dict[str, float]]:
+    """Train one stage, resumed where it was interrupted: its trainer, and what results.json says of the training."""
+    from nc_hf.collapse_callback import CollapseCallback
     from nc_hf.models.classifier import load_classifier
     from nc_hf.retraining import retrain_classifier
     from nc_hf.run_log import RunLog
@@ -137,13 +142,14 @@ def train_stage(
     started = time.perf_counter()
     if stage == "stage1":
         trainer = NCTrainer(model, args, train_dataset=images["train"], **shared)
+        if every := recipe.evaluation.geometry_every:
+            trainer.add_callback(CollapseCallback(trainer, every))
         trainer.train(resume_from_checkpoint=True)
     else:
         if (run / "stage1").is_dir():
             model, _ = load_classifier(str(run / "stage1"))
         trainer = retrain_classifier(model, images["train"], args, resume_from_checkpoint=True, **shared)
-    trainer.wall = {"seconds": time.perf_counter() - started, **log.speed()}
-    return trainer
+    return trainer, {"seconds": time.perf_counter() - started, **log.speed()}
 
 
 def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:
@@ -171,7 +177,6 @@ def report_stage(
     results["heads"][head] = evaluate_classifier(
         trainer, images[split], train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
     )
-    results["training"][stage] = trainer.wall
     means = {name: trainer.class_means(images[name]) for name in ("train", split)}
     if evaluation.geometry:
         results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}

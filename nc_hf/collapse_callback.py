@@ -1,0 +1,53 @@
+"""`CollapseCallback`: the course of NC1-NC4 over training, in whatever tracker the run reports to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nc_hf.evaluation import geometry_of
+from nc_hf.trainer import NCTrainer
+
+
+class CollapseCallback(TrainerCallback):
+    """Measures the geometry of the training features every few epochs, and after the last one.
+
+        trainer = NCTrainer(model, args, train_dataset=train)
+        trainer.add_callback(CollapseCallback(trainer, every=10))
+
+    The keys of `nc_hf.metrics.measure_geometry` are logged as they are, so they reach `report_to`. Each measurement
+    takes two passes over the data set without augmentation and without gradients, about two thirds of an epoch of
+    training; it changes no weight, no statistic and no random number of the run.
+
+    Args:
+        trainer: whose classifier is measured; all its processes take part.
+        every: number of epochs between measurements.
+        dataset: the trainer's training set when None.
+
+    Raises:
+        ValueError: for `every` below 1.
+    """
+
+    def __init__(self, trainer: NCTrainer, every: int = 10, dataset: Dataset | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 epoch, got {every}. Leave the callback out to measure nothing.")
+        self.trainer, self.every, self.dataset = trainer, every, dataset
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure and log, where the epoch is one of those."""
+        epoch = round(state.epoch)
+        if epoch % self.every and state.global_step < state.max_steps:
+            return
+        dataset = self.trainer.train_dataset if self.dataset is None else self.dataset
+        # A data loader draws a seed, which would shift every later draw of the run.
+        with torch.random.fork_rng(devices=[]):
+            means = self.trainer.class_means(dataset)
+            geometry = geometry_of(self.trainer, dataset, means)
+        should_log = control.should_log
+        self.trainer.log(geometry)
+        control.should_log = should_log  # a log clears this, and with it the loss of the epoch
