@@ -33,7 +33,7 @@ class CollapseCallback(TrainerCallback):
 
     def __init__(self, trainer: NCTrainer, every: int = 10, dataset: Dataset | None = None) -> None:
         if every < 1:
-            raise ValueError(f"`every` must be at least 1 epoch, got {every}. Leave the callback out to measure nothing.")
+            raise ValueError(f"`every` must be at least 1 epoch, got {every}. Leave the callback out to skip it.")
         self.trainer, self.every, self.dataset = trainer, every, dataset
 
     def on_epoch_end(

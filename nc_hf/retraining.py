@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import IntervalStrategy, set_seed
 
 from nc_hf.models.classifier import find_head, freeze_backbone, reset_head
 from nc_hf.trainer import NCTrainer
@@ -129,8 +130,12 @@ def _train_on_cached_features(
         labels = torch.cat([labels for _, labels in batches]).numpy()
     alone = _HeadOnly(head).to(args.device)
     cached = _CachedFeatures(torch.stack(views), labels, np.bincount(labels, minlength=trainer.task.num_classes))
-    head_trainer = NCTrainer(alone, args, train_dataset=cached, head="head", callbacks=trainer.user_callbacks)
+    head_args = copy.copy(args)
+    head_args.eval_strategy = IntervalStrategy.NO  # the head alone cannot take images
+    head_trainer = NCTrainer(alone, head_args, train_dataset=cached, head="head", callbacks=trainer.user_callbacks)
     head_trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(alone.head.get_parameter(name).view_as(parameter))
+    if args.eval_strategy != IntervalStrategy.NO:
+        trainer.evaluate()

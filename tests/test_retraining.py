@@ -100,6 +100,13 @@ def test_cached_features_of_unaugmented_images_train_the_same_head(trained, imag
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("features", ["images", "cached"])
+def test_a_validation_split_is_evaluated_whatever_the_features(trained, images, tmp_path, features):
+    args = arguments(tmp_path, features=features, eval_strategy="epoch")
+    trainer = retrain_classifier(copy.deepcopy(trained), images, args, eval_dataset=SmallImages(seed=1))
+    assert "eval_loss" in trainer.state.log_history[-1] or "eval_loss" in trainer.state.log_history[-2]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -1,0 +1,50 @@
+"""`CollapseCallback`: measured at the right epochs, logged like the rest, and without a trace in the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_images import SmallImages, network_without_batch_statistics
+
+from nc_hf import CollapseCallback, NCTrainer, NCTrainingArguments
+from nc_hf.evaluation import geometry_of
+
+
+def train(folder, *, measured: bool) -> NCTrainer:
+    args = NCTrainingArguments(
+        str(folder), num_train_epochs=5, per_device_train_batch_size=36, mixup_alpha=0.2, precision="fp32",
+        logging_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = NCTrainer(network_without_batch_statistics(), args, train_dataset=SmallImages(), head="head")
+    if measured:
+        trainer.add_callback(CollapseCallback(trainer, every=2))
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> NCTrainer:
+    return train(tmp_path_factory.mktemp("measured"), measured=True)
+
+
+def test_geometry_is_logged_every_so_many_epochs_and_at_the_end(measured):
+    records = [record for record in measured.state.log_history if "nc1_variability" in record]
+    assert [record["epoch"] for record in records] == [2, 4, 5]
+    images = SmallImages()
+    last = geometry_of(measured, images, measured.class_means(images))
+    assert {name: records[-1][name] for name in last} == last
+
+
+def test_the_losses_of_measured_epochs_are_logged_too(measured):
+    assert [record["epoch"] for record in measured.state.log_history if "loss" in record] == [1, 2, 3, 4, 5]
+
+
+def test_measuring_changes_nothing(measured, tmp_path):
+    plain = train(tmp_path, measured=False)
+    for name, tensor in plain.task.state_dict().items():
+        assert torch.equal(tensor, measured.task.state_dict()[name]), name
+
+
+def test_an_interval_of_no_epochs_is_refused(measured):
+    with pytest.raises(ValueError, match="`every` must be at least 1 epoch, got 0"):
+        CollapseCallback(measured, every=0)
