@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,26 @@ def check_names(folder: Path, expected: Iterable[str]) -> None:
             f"{folder} has no {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}: it was saved with another "
             "model or without class centers. Start afresh (another output_dir or no resume), or use centers: batch, "
             "which has no centers to restore."
+        )
+
+
+def check_disk_space(folder: Path, model: nn.Module, kept: int) -> None:
+    """Make sure that checkpoints will fit on the disk, before the first of them is due.
+
+    Args:
+        folder: existing, where they go.
+        model: to be trained.
+        kept: checkpoints kept at a time; one more lies beside them while it is written.
+
+    Raises:
+        OSError: when less is free than weights and two numbers a weight of the optimizer take.
+    """
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    needed, free = 3 * weights * (kept + 1), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"checkpoints in {folder} may take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room, "
+            "choose another --output_dir, or lower save_total_limit."
         )
 
 

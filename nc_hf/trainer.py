@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer
 
-from nc_hf.checkpoints import check_agreement, check_names, mark_complete, newest_complete
-from nc_hf.hub import save_pretrained
 from nc_hf.labels import counts_of, labels_of
 from nc_hf.metrics.geometry import class_means
 from nc_hf.mixup import mix_batch
 from nc_hf.models.classifier import feature_dim
 from nc_hf.rebalancing import EpochSampler, mix_seeds
 from nc_hf.run_log import RunLog, nonfinite_error
+from nc_hf.saving_trainer import SavingTrainer
 from nc_hf.schedule import describe_schedule, epoch_scheduler, hold_constant, move_to_own_group
 from nc_hf.task import ClassificationTask, build_task
 from nc_hf.training_args import NCTrainingArguments, resolve_epoch
@@ -31,7 +30,7 @@ from nc_hf.training_args import NCTrainingArguments, resolve_epoch
 logger = logging.getLogger(__name__)
 
 
-class NCTrainer(Trainer):
+class NCTrainer(SavingTrainer):
     """A drop-in for `Trainer` on image classification, for any classifier of timm or transformers.
 
     The classifier is trained inside a `ClassificationTask`; `classifier` gives it back, and `save_model` writes a
@@ -289,59 +288,3 @@ class NCTrainer(Trainer):
         """Class means (K, P) in float64, zero for absent classes, and class counts (K,) of a data set's features."""
         batches = ((features, labels) for features, _, labels in self.iterate_features(dataset))
         return class_means(batches, self.task.num_classes, feature_dim(self.task.head))
-
-    # ---- Saving and resuming ----
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`; `resume_from_checkpoint=True` takes the newest complete checkpoint, or starts afresh."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(self.args.output_dir)
-            logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if (collapse := self.task.collapse) is not None and collapse.mode != "batch":
-            check_agreement(self.accelerator, collapse.centers.detach())
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        state = self.task.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state.items()})  # from channels last
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_names(Path(resume_from_checkpoint), self.task.state_dict())
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the plain classifier as a folder that timm and transformers open; checkpoints keep the whole task."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-        else:
-            self.export(output_dir or self.args.output_dir)
-
-    def export(self, folder: str, *, head_name: str = "base", **extra: Any) -> None:
-        """Write the classifier's folder, from the main process.
-
-        Args:
-            folder: where to.
-            head_name: name under which the head is kept beside others.
-            **extra: further arguments of `nc_hf.hub.save_pretrained`, such as `heads` and `metadata`.
-        """
-        if not self.args.should_save:
-            return
-        task = self.task
-        centers = task.collapse.centers if task.collapse is not None and task.collapse.mode != "batch" else None
-        save_pretrained(
-            task.classifier,
-            folder,
-            label_names=self.class_names,
-            image_processor=self.processing_class,
-            heads=extra.pop("heads", {}) | {head_name: task.head.state_dict()},
-            active_head=head_name,
-            centers=None if centers is None else centers.detach(),
-            class_counts=self.class_counts,
-            **extra,
-        )

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from nc_hf.losses.classification import SUPERVISED_LOSSES
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, Reduction
@@ -153,6 +154,14 @@ class NCTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
         if self.loss not in SUPERVISED_LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {self.loss!r}.")
+        if self.push_to_hub and HubStrategy(self.hub_strategy) in (
+            HubStrategy.CHECKPOINT,
+            HubStrategy.ALL_CHECKPOINTS,
+        ):
+            raise ValueError(
+                f"`hub_strategy: {self.hub_strategy}` would upload checkpoints, which need pickle to load. "
+                "Use every_save or end; checkpoints stay in the output folder."
+            )
         if self.drw_epoch is not None and self.class_weighting == "none":
             raise ValueError(
                 f"`drw_epoch` is {self.drw_epoch} but `class_weighting` is none: nothing would be deferred. "

@@ -32,8 +32,16 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(path, arguments)
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
+    from nc_hf.checkpoints import check_disk_space
     from nc_hf.image_sets import read_splits
+    from nc_hf.publishing import PushError, check_access
     from nc_hf.results import read_results, results_table, write_results
+
+    if recipe.hub.repo_id and state.is_main_process:
+        try:
+            recipe.hub.repo_id = check_access(recipe.hub.repo_id)
+        except PushError as error:
+            raise SystemExit(str(error)) from None
 
     run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
     stages = {stage: stage_arguments(stage, recipe, run) for stage in HEADS if getattr(recipe, stage) is not None}
@@ -51,6 +59,7 @@ def main(arguments: list[str]) -> None:
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
     if any(HEADS[stage] not in results.get("heads", {}) for stage in stages):
         model, processor, images = load_model_and_images(recipe, splits)
+        check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
         results = results or start_results(recipe, images, digest)
         for stage, args in stages.items():
             if HEADS[stage] in results["heads"]:
@@ -60,9 +69,30 @@ def main(arguments: list[str]) -> None:
             if state.is_main_process:
                 write_results(run / "results.json", results)
             state.wait_for_everyone()
+    failed = None
     if state.is_main_process:
         print(f"\n{run / 'results.json'}\n{results_table(results)}")
+        failed = release(recipe, run)
     state.destroy_process_group()
+    if failed:
+        raise SystemExit(failed)
+
+
+def release(recipe: Any, run: Path) -> str | None:
+    """Gather the model with its card in one folder, and push it where the recipe says so: the reason if that fails."""
+    from nc_hf.publishing import PushError, push_folder
+    from nc_hf.release import build_release
+
+    hub = recipe.hub
+    folder = build_release(run, source=hub.repo_id)
+    print(f"\nmodel and card: {folder}")
+    if hub.repo_id:
+        try:
+            url = push_folder(folder, hub.repo_id, private=hub.private, revision=hub.revision, create_pr=hub.create_pr)
+            print(f"pushed: {url}")
+        except PushError as error:
+            return str(error)
+    return None
 
 
 def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -89,17 +119,20 @@ def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str,
 
 def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str, Any]:
     """What results.json says before any stage is done."""
+    from nc_hf.paper_results import method_name
     from nc_hf.results import environment
 
     data, train = recipe.data, images["train"]
     dataset = {"name": data.dataset, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
-    dataset["description"] = train.description
+    dataset |= {"description": train.description, "few_below": recipe.evaluation.few_below}
+    dataset["many_above"] = recipe.evaluation.many_above
     return {
         "recipe_digest": digest,
         "seed": recipe.seed,
         "model": recipe.model.name,
         "dataset": dataset | {"class_names": train.class_names, "class_counts": train.class_counts.tolist()},
         "skipped_images": {name: split.skipped for name, split in images.items() if split.skipped},
+        "methods": {HEADS[stage]: method_name(recipe, HEADS[stage]) for stage in HEADS if getattr(recipe, stage)},
         "heads": {},
         "geometry": {},
         "training": {},
@@ -177,6 +210,8 @@ def report_stage(
     results["heads"][head] = evaluate_classifier(
         trainer, images[split], train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
     )
+    if stage == "stage1":
+        results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
     means = {name: trainer.class_means(images[name]) for name in ("train", split)}
     if evaluation.geometry:
         results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}

@@ -1,0 +1,46 @@
+"""The part of a README that is ours: what a person wrote around it on the Hub stays."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from huggingface_hub import RepoCard
+
+BEGIN, END = "<!-- nc_hf:begin -->", "<!-- nc_hf:end -->"
+OUR_BLOCK = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
+
+
+def marked(text: str) -> str:
+    """The text between the marks that `merge_cards` looks for."""
+    return f"{BEGIN}\n{text.strip()}\n{END}\n"
+
+
+def merge_cards(ours: str, theirs: str) -> str:
+    """A README on the Hub brought up to date.
+
+    Args:
+        ours: a new card, its body between the marks.
+        theirs: the README on the Hub.
+
+    Returns:
+        `theirs` with our block replaced and our metadata keys set. Where a person took the marks out, the body stays
+        as it is.
+
+    Raises:
+        ValueError: when the metadata of `theirs` cannot be read.
+    """
+    try:
+        new, old = RepoCard(ours), RepoCard(theirs)
+    except Exception as error:  # of the YAML parser
+        raise ValueError(f"the metadata of the README on the Hub cannot be read ({error}). Mend it there.") from error
+    for key, value in new.data.to_dict().items():
+        old.data[key] = _union(old.data.get(key), value) if key == "tags" else value
+    block = OUR_BLOCK.search(new.text)
+    if block is not None:
+        old.text = OUR_BLOCK.sub(lambda _: block[0], old.text, count=1)
+    return str(old)
+
+
+def _union(old: Any, new: list[str]) -> list[str]:
+    return list(dict.fromkeys([*(old if isinstance(old, list) else []), *new]))

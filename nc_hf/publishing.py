@@ -1,0 +1,208 @@
+"""Pushing a saved folder to the Hub: checked beforehand, in one commit, with a person's words in the README kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from nc_hf.card_block import merge_cards
+from nc_hf.doors import check_doors
+from nc_hf.model_card import write_card
+
+logger = logging.getLogger(__name__)
+
+# No file that needs pickle, no checkpoint and nothing unforeseen is ever uploaded.
+UPLOADED = (".json", ".safetensors", ".md", ".yaml", ".png", ".svg")
+EVALUATIONS = ".eval_results/"  # where the Hub looks for results
+TEMPORARY = (408, 429, 500, 502, 503, 504)
+WAITS = (1, 4, 16)  # seconds before the second, third and last try
+MOVED_ON = 412  # the branch has another head than the one that was read
+
+
+class PushError(RuntimeError):
+    """A push that did not happen; the local folder is complete, and the message says how to push it later."""
+
+
+def check_access(repo_id: str, *, token: str | None = None) -> str:
+    """Make sure, before hours of training, that a push can succeed.
+
+    Args:
+        repo_id: `"user/name"`, or a name in the user's own namespace; it need not exist yet.
+        token: the one of `hf auth login` when None.
+
+    Returns:
+        `"user/name"`.
+
+    Raises:
+        PushError: for a name that the Hub does not allow, no token or one that the Hub does not know or that may
+            only read, a namespace or a repository of somebody else, or a Hub that cannot be reached.
+    """
+    api = HfApi(token=token)
+    try:
+        validate_repo_id(repo_id)
+        user = api.whoami()
+        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ValueError("the token may only read. Make one that may write, and `hf auth login` with it.")
+        owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+        if repo_id.split("/")[0] not in owners:
+            raise ValueError(f"the token is for {', '.join(owners)}. Choose one of these in place of {repo_id!r}.")
+        if api.repo_exists(repo_id):
+            api.auth_check(repo_id, write=True)
+        return repo_id
+    except LocalTokenNotFoundError:
+        raise PushError(f"cannot push to {repo_id}: there is no token. Run `hf auth login` first.") from None
+    except (ValueError, OSError, httpx2.HTTPError) as error:
+        raise PushError(f"cannot push to {repo_id}: {_reason(error)}") from error
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload model",
+    check: bool = True,
+) -> str:
+    """Push a saved folder in one commit; the repository and the branch are made if need be.
+
+    A README on the Hub keeps what a person wrote: only our marked block and our metadata change. Files of the
+    repository that the folder does not have stay. Temporary faults (429, 5xx, time-outs) are retried three times.
+
+    Args:
+        folder: as `save_pretrained` or `build_release` writes it.
+        repo_id: `"user/name"`.
+        private: visibility of a new repository; the account's default when None.
+        revision: the branch; main when None.
+        create_pr: open a pull request instead of committing to the branch.
+        token: the one of `hf auth login` when None.
+        commit_message: title of the commit.
+        check: open the folder through every door first.
+
+    Returns:
+        The URL of the repository, or of the pull request.
+
+    Raises:
+        PushError: when it does not succeed; nothing local is changed by that, and a later push completes it.
+    """
+    folder = Path(folder)
+    options = {"private": private, "revision": revision, "create_pr": create_pr or None}
+    try:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json: it is not a saved classifier.")
+        if (folder / "results.json").is_file():
+            write_card(folder, repo_id)
+        if check:
+            check_doors(folder)
+        api = HfApi(token=token)
+        url = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if revision is not None:
+            _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        commit = _commit(api, folder, repo_id, revision=revision, create_pr=create_pr, commit_message=commit_message)
+    except Exception as error:
+        # Whatever a client or a file system raises here, the folder stays and the user is told how to go on.
+        raise PushError(
+            f"the push to {repo_id} failed: {_reason(error)}\n"
+            f"The folder {folder} is complete. Push it later with\n    {push_command(folder, repo_id, **options)}"
+        ) from error
+    logger.info("pushed %s to %s", folder, commit.pr_url or url)
+    return commit.pr_url or str(url)
+
+
+def push_command(folder: str | Path, repo_id: str, **options: Any) -> str:
+    """The command line that pushes a folder."""
+    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+    return f"""python -c "import nc_hf; nc_hf.push_folder({str(folder)!r}, {repo_id!r}{given})\""""
+
+
+def _commit(api: HfApi, folder: Path, repo_id: str, **settings: Any) -> Any:
+    """One commit on the head that was read; once more on the new head when somebody else was faster."""
+    try:
+        return _commit_once(api, folder, repo_id, **settings)
+    except HfHubHTTPError as error:
+        if error.response.status_code != MOVED_ON:
+            raise
+        logger.info("%s has a new commit; reading it and trying once more", repo_id)
+        return _commit_once(api, folder, repo_id, **settings)
+
+
+def _commit_once(
+    api: HfApi, folder: Path, repo_id: str, *, revision: str | None, create_pr: bool, commit_message: str
+) -> Any:
+    head = _retried(lambda: api.repo_info(repo_id, revision=revision).sha)
+    readme = _merged_readme(api, folder, repo_id, head)
+    return _retried(
+        lambda: api.create_commit(
+            repo_id,
+            list(_operations(folder, readme)),  # made anew for each try, since the client uses them up
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
+    )
+
+
+def _operations(folder: Path, readme: str | None) -> Iterator[CommitOperationAdd]:
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        hidden = name.startswith(".") and not name.startswith(EVALUATIONS)
+        if path.is_file() and path.suffix in UPLOADED and not hidden and name != "README.md":
+            yield CommitOperationAdd(name, path)
+    if readme is not None:
+        yield CommitOperationAdd("README.md", readme.encode())
+
+
+def _merged_readme(api: HfApi, folder: Path, repo_id: str, head: str) -> str | None:
+    """The README to commit; None leaves the one on the Hub as it is."""
+    if not (folder / "README.md").is_file():
+        return None
+    ours = (folder / "README.md").read_text(encoding="utf-8")
+    try:
+        path = _retried(lambda: api.hf_hub_download(repo_id, "README.md", revision=head))
+        return merge_cards(ours, Path(path).read_text(encoding="utf-8"))
+    except EntryNotFoundError:
+        return ours
+    except ValueError as error:
+        logger.warning("The README of %s is left as it is: %s", repo_id, error)
+        return None
+
+
+def _retried(call: Any) -> Any:
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as error:
+            if not _is_temporary(error):
+                raise
+            logger.warning("The Hub does not answer well (%s); trying again in %d s.", _reason(error), wait)
+            time.sleep(wait)
+    return call()
+
+
+def _is_temporary(error: BaseException | None) -> bool:
+    """Whether the error, or what it comes from, is a fault of the moment."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
+            return error.response.status_code in TEMPORARY
+        # ConnectionError is also what the Xet client raises for any failed transfer.
+        if isinstance(error, ConnectionError | TimeoutError | httpx2.TransportError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    text, token = str(error).strip() or type(error).__name__, get_token()
+    return text.replace(token, "<token>") if token else text

@@ -1,0 +1,109 @@
+"""From a run folder to a folder that is ready for the Hub: model, card, pictures, results and recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
+from nc_hf.hub import load_heads
+from nc_hf.model_card import write_card
+from nc_hf.recipe import Recipe, dump_recipe, load_recipe
+from nc_hf.results import read_results, write_results
+
+
+def build_release(
+    run: str | Path,
+    folder: str | Path | None = None,
+    *,
+    source: str | None = None,
+    twin: str | Path | None = None,
+    seeds: Sequence[str | Path] = (),
+    **metadata: Any,
+) -> Path:
+    """Gather what a finished run leaves into one folder, the content of a Hub repository.
+
+    The model is that of the last stage. No path of this machine goes into it.
+
+    Args:
+        run: with `results.json`, `recipe.yaml`, and `stage1` or `stage2`.
+        folder: to write; `release` in the run when None.
+        source: Hub id or path that the card's examples name; the folder's when None.
+        twin: a run of the same settings without the collapse terms, for comparison.
+        seeds: runs of the same recipe with other seeds.
+        **metadata: entries of the card's metadata, such as `license`.
+
+    Raises:
+        FileNotFoundError: for a run that is not finished.
+        ValueError: for a figure that is not finite.
+    """
+    run = Path(run)
+    folder = run / "release" if folder is None else Path(folder)
+    stage = next((run / name for name in ("stage2", "stage1") if (run / name).is_dir()), None)
+    results = read_results(run / "results.json")
+    if stage is None or not results.get("heads"):
+        raise FileNotFoundError(f"{run} has no results.json and saved stage. Let the run finish first.")
+    shutil.copytree(stage, folder, dirs_exist_ok=True)
+    write_results(folder / "results.json", results)
+    recipe = _without_paths(load_recipe(run / "recipe.yaml"))
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    if twin is not None:
+        write_results(folder / "twin.json", read_results(Path(twin) / "results.json"))
+    (folder / "seeds").mkdir(exist_ok=True)
+    for other in seeds:
+        others = read_results(Path(other) / "results.json")
+        write_results(folder / "seeds" / f"seed{others['seed']}.json", others)
+    draw_figures(folder, results, _class_means(run), None if twin is None else _class_means(Path(twin)))
+    write_card(folder, source, **metadata)
+    return folder
+
+
+def draw_figures(folder: Path, results: dict[str, Any], means: Any, means_without_terms: Any = None) -> None:
+    """The pictures of the card, as far as the results go, in `folder/figures`.
+
+    Args:
+        folder: of the release.
+        results: of the run.
+        means: (K, P) class means of the training features after stage one.
+        means_without_terms: those of the twin run, where there is one.
+    """
+    dataset, twin = results["dataset"], read_results(folder / "twin.json")
+    counts, figures = dataset["class_counts"], folder / "figures"
+    figures.mkdir(exist_ok=True)
+    accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
+    save_figure(class_accuracy_figure(counts, accuracies, dataset["class_names"]), figures / "classes")
+    courses = {_method(results): results.get("geometry_course")}
+    panels = {_method(results): means}
+    if means_without_terms is not None:
+        courses = {_method(twin): twin.get("geometry_course"), **courses}
+        panels = {_method(twin): means_without_terms, **panels}
+    if means is not None:
+        save_figure(angle_figure(panels, counts), figures / "angles")
+        save_figure(norm_figure(panels, counts), figures / "norms")
+    if courses := {name: course for name, course in courses.items() if course}:
+        save_figure(collapse_figure(courses), figures / "collapse")
+
+
+def _method(results: dict[str, Any]) -> str:
+    return results.get("methods", {}).get("base") or "features"
+
+
+def _class_means(run: Path) -> Any:
+    """(K, P) of the backbone's features, which stage two leaves as they are."""
+    stage = next(run / name for name in ("stage1", "stage2") if (run / name).is_dir())
+    return load_heads(stage)[1].get("class_means")
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    """The recipe as anybody may run it: no folder of this machine."""
+    data = dataclasses.replace(recipe.data, data_dir=None, cache_dir=None, dataset=_last_part(recipe.data.dataset))
+    model = dataclasses.replace(recipe.model, name=_last_part(recipe.model.name))
+    return dataclasses.replace(recipe, output_dir="out", data=data, model=model)
+
+
+def _last_part(name: str) -> str:
+    path = name.removeprefix("local-dir:")
+    return Path(path).name if path.startswith(("/", "~", "./", "../")) else name

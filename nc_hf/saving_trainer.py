@@ -1,0 +1,217 @@
+"""`SavingTrainer`: checkpoints that resume exactly, and models saved and pushed as plain folders."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from nc_hf.checkpoints import check_agreement, check_names, mark_complete, newest_complete
+from nc_hf.hub import save_pretrained
+from nc_hf.model_card import ACCURACIES, write_card
+from nc_hf.publishing import PushError, check_access, push_folder
+from nc_hf.results import environment, write_results
+from nc_hf.task import ClassificationTask
+
+logger = logging.getLogger(__name__)
+
+HUB_FOLDER = "hub"  # in the output folder: what is pushed, and nothing else
+
+
+class SavingTrainer(Trainer):
+    """The part of `NCTrainer` that writes: it keeps the whole task in checkpoints and gives away the classifier alone.
+
+    What goes to the Hub is a folder of its own, `hub` in the output folder, with the model, its card and no file that
+    needs pickle. A push that fails while training goes on is logged at once and tried again at the end; if it fails
+    then too, `train` raises `PushError` after everything has been saved.
+    """
+
+    task: ClassificationTask
+    class_names: Any
+    class_counts: Any
+    _pusher: ThreadPoolExecutor | None = None
+    _push: Future | None = None  # the last one
+
+    # ---- Checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As in `Trainer`; `resume_from_checkpoint=True` takes the newest complete checkpoint, or starts afresh."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
+            logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._push is not None and self._push.exception() is not None:
+            self.push_to_hub()
+        return output
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if (collapse := self.task.collapse) is not None and collapse.mode != "batch":
+            check_agreement(self.accelerator, collapse.centers.detach())
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state = self.task.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state.items()})  # from channels last
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_names(Path(resume_from_checkpoint), self.task.state_dict())
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    # ---- Models ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain classifier as a folder that timm and transformers open; checkpoints keep the whole task."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self.export(output_dir or self.args.output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def export(self, folder: str, *, head_name: str = "base", **extra: Any) -> None:
+        """Write the classifier's folder, from the main process.
+
+        Args:
+            folder: where to.
+            head_name: name under which the head is kept beside others.
+            **extra: further arguments of `nc_hf.hub.save_pretrained`, such as `heads` and `metadata`.
+        """
+        if not self.args.should_save:
+            return
+        task = self.task
+        centers = task.collapse.centers if task.collapse is not None and task.collapse.mode != "batch" else None
+        save_pretrained(
+            task.classifier,
+            folder,
+            label_names=self.class_names,
+            image_processor=self.processing_class,
+            heads=extra.pop("heads", {}) | {head_name: task.head.state_dict()},
+            active_head=head_name,
+            centers=None if centers is None else centers.detach(),
+            class_counts=self.class_counts,
+            **extra,
+        )
+
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make sure that a push can succeed, before anything is trained; the first push makes the repository."""
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = check_access(name, token=token or self.args.hub_token)
+
+    def create_model_card(self, **metadata: Any) -> None:
+        """Write our card into the folder that is pushed; a README in the output folder is left alone.
+
+        Args:
+            **metadata: entries of the card's metadata, such as `license`, `language` and `tags`.
+        """
+        if self.is_world_process_zero():
+            folder = self._hub_folder()
+            dataset = {"class_names": self.task_label_names()}
+            if self.class_counts is not None:
+                dataset["class_counts"] = self.class_counts.tolist()
+            results = {"dataset": dataset, "seed": self.args.seed, **self._last_evaluation(), **environment()}
+            write_results(folder / "results.json", results)
+            write_card(folder, self.hub_model_id, **metadata)
+
+    def task_label_names(self) -> list[str]:
+        """The K names of the classes: those given, those of the model, or numbers."""
+        if self.class_names is not None:
+            return list(self.class_names)
+        own = getattr(getattr(self.task.classifier, "config", None), "id2label", None)
+        return list(own.values()) if own else [str(k) for k in range(self.task.num_classes)]
+
+    def _last_evaluation(self) -> dict[str, Any]:
+        """Accuracies of the last `evaluate`, if it was told to measure any."""
+        last = next((log for log in reversed(self.state.log_history) if "eval_accuracy" in log), {})
+        metrics = {
+            name: last[f"eval_{name}"]
+            for name in (*ACCURACIES, "class_mean_accuracy", "ece")
+            if f"eval_{name}" in last
+        }
+        return {"split": "evaluation", "heads": {"base": metrics}} if metrics else {}
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | Future | None:
+        """Save the classifier with its card in `<output_dir>/hub`, and push that folder in one commit.
+
+        Args:
+            commit_message: title of the commit.
+            blocking: wait for the end of the upload.
+            token: the one of the arguments, or else of `hf auth login`, when None.
+            revision: the branch; `hub_revision` of the arguments when None.
+            private: visibility of a new repository; `hub_private_repo` of the arguments when None.
+            **kwargs: `create_pr`, and entries of the card's metadata as for `create_model_card`.
+
+        Returns:
+            The URL (a future of it when not blocking); None on other processes than the main one.
+
+        Raises:
+            PushError: when it does not succeed; the folder is complete, and the message says how to push it later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        options = {"create_pr": kwargs.pop("create_pr", False), "commit_message": commit_message}
+        options |= {"token": token, "revision": revision, "private": private, "check": blocking}
+        kwargs.pop("model_name", None)
+        self.export(str(self._hub_folder()))
+        self.create_model_card(**kwargs)
+        push = self._start_push(**options)
+        return push.result() if blocking else push
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the model in the background after a save (`hub_strategy="every_save"`)."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self._push is not None and not self._push.done():
+            if not self.args.hub_always_push:
+                logger.info("the push before is still running; this save is not pushed")
+                return
+            self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.export(str(self._hub_folder()))
+        self.create_model_card()
+        # Opening the doors draws random numbers, which the training beside it must not notice.
+        push = self._start_push(commit_message=f"Training in progress, step {self.state.global_step}", check=False)
+        push.add_done_callback(_log_failure)
+
+    def _start_push(self, **options: Any) -> Future:
+        if self._pusher is None:
+            self._pusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        defaults = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        defaults["private"] = self.args.hub_private_repo
+        given = {name: value for name, value in options.items() if value is not None}
+        self._push = self._pusher.submit(push_folder, self._hub_folder(), self.hub_model_id, **defaults | given)
+        return self._push
+
+    def _finish_current_push(self) -> None:
+        if self._push is not None:
+            wait([self._push])
+
+    def _hub_folder(self) -> Path:
+        return Path(self.args.output_dir) / HUB_FOLDER
+
+
+def _log_failure(push: Future) -> None:
+    if error := push.exception():
+        logger.warning("Training goes on, but %s", error if isinstance(error, PushError) else repr(error))
