@@ -3,7 +3,7 @@
     python recipes/publish.py out/<run>/release user/name            # a model folder with its card
     python recipes/publish.py release out/<run> model_cards/<name>   # gather a run into such a folder, push nothing
     python recipes/publish.py dataset recipes/cifar10_lt/nc_drw_crt.yaml user/cifar10-lt --data.data_dir <folder>
-    python recipes/publish.py --all                                  # every model of model_cards/, to your own namespace
+    python recipes/publish.py --all                                  # every model of model_cards/, to your namespace
 
 The token is that of `hf auth login`. A README that somebody edited on the Hub keeps what stands outside our marks.
 """

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from nc_hf.doors import check_doors
+
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--stage1.num_train_epochs", "3", "--stage2.num_train_epochs", "2"]
 
@@ -25,7 +27,8 @@ def command(script: str, *arguments: str) -> list[str]:
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
     """In a process group of its own, so that the launcher and what it starts end together."""
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_TOKEN_PATH": str(folder / "no-token")}
+    environment.pop("HF_TOKEN", None)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=folder, env=environment, start_new_session=True, **pipes)
 
@@ -72,6 +75,28 @@ def test_both_stages_are_trained_measured_and_saved(folder, straight):
     records = [json.loads(line) for line in (folder / "out/straight/log.jsonl").read_text().splitlines()]
     assert {"stage1", "stage2"} == {record["stage"] for record in records}
     assert any("loss_within" in record and "loss_between" in record for record in records)
+
+
+def test_a_run_leaves_a_folder_for_the_hub_with_a_card_to_read(folder, straight):
+    release = folder / "out/straight/release"
+    assert check_doors(release) == ["timm", "transformers", "pipeline", "nc_hf"]
+    card = (release / "README.md").read_text()
+    assert "digits-LT, imbalance ratio 20" in card
+    assert f"| {100 * straight['heads']['crt']['accuracy']:.1f} |" in card
+    pictures = {path.stem for path in (release / "figures").glob("*.png")}
+    assert pictures == {"classes", "angles", "norms", "collapse"}
+    assert all(f"figures/{picture}.png" in card for picture in pictures)
+    for path in release.rglob("*"):
+        assert path.suffix in ("", ".json", ".safetensors", ".md", ".yaml", ".png"), path
+        if path.is_file():
+            assert str(folder).encode() not in path.read_bytes(), path
+
+
+def test_a_push_that_cannot_succeed_is_refused_before_anything_is_trained(folder):
+    done = run(folder, "train.py", "--hub.repo_id", "me/model", "--name", "pushed", check=False)
+    assert done.returncode != 0
+    assert "cannot push to me/model: there is no token. Run `hf auth login` first." in done.stderr
+    assert not (folder / "out/pushed").exists()
 
 
 def test_the_same_command_again_shows_the_table_without_training(folder, straight):

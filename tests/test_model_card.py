@@ -1,0 +1,217 @@
+"""Cards: everything from the folder's own files, nothing unknown, names escaped, a person's words kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nc_hf.card_block import BEGIN, END, merge_cards
+from nc_hf.hub import save_pretrained
+from nc_hf.model_card import model_card, write_card
+from nc_hf.models.classifier import load_classifier
+from nc_hf.paper_results import TABLE3, method_name, paper_accuracy
+from nc_hf.recipe import dump_recipe, load_recipe
+from nc_hf.results import write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = [500, 60, 30, 5]
+NAMES = ["ant", "bee | <b>", "cat\nfish", "dog"]
+
+
+def metrics(accuracy: float) -> dict:
+    groups = {"accuracy_many": accuracy + 0.1, "accuracy_medium": accuracy, "accuracy_few": accuracy - 0.1}
+    per_class = [accuracy + 0.1, accuracy, accuracy, accuracy - 0.1]
+    return {
+        "accuracy": accuracy,
+        "class_mean_accuracy": accuracy,
+        **groups,
+        "per_class_accuracy": per_class,
+        "ece": 0.05,
+    }
+
+
+def results(seed: int = 0, **changes) -> dict:
+    dataset = {"name": "cifar10", "imbalance_ratio": 100.0, "profile": "exponential", "description": "drawn with care"}
+    geometry = {"nc1_variability_balanced": 0.5, "nc2_norm_cov": 0.1, "nc2_min_angle": 95.0, "nc4_agreement": 0.9}
+    return {
+        "seed": seed,
+        "model": "resnet32_cifar",
+        "split": "test",
+        "dataset": dataset | {"class_names": NAMES, "class_counts": COUNTS},
+        "methods": {"base": "NC-DRW", "crt": "NC-DRW-cRT"},
+        "heads": {"base": metrics(0.8), "crt": metrics(0.82 + 0.01 * seed)},
+        "geometry": {"base": {"train": geometry}},
+        "training": {"stage1": {"seconds": 7200.0}},
+        "versions": {"torch": "2.14.1"},
+        "device": "a CPU",
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    model, _ = load_classifier("resnet20_cifar", 4)
+    state = model.fc.state_dict()
+    heads = {"base": state, "crt": state}
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    return save_pretrained(model, folder, label_names=[*"abcd"], heads=heads, active_head="crt", class_counts=COUNTS)
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_results(tmp_path / "results.json", results())
+    return tmp_path
+
+
+def test_the_figures_stand_beside_the_papers(folder):
+    card = model_card(folder, "user/name")
+    assert "| NC-DRW: stage one (`base`) | 80.0 | 90.0 | 80.0 | 70.0 | 5.0 | 81.9 (-1.9) |" in card
+    assert "| NC-DRW-cRT: stage two, re-trained head (`crt`) | 82.0 | 92.0 | 82.0 | 72.0 | 5.0 | 82.6 (-0.6) |" in card
+    assert "one run, seed 0" in card
+    assert "many (1), those with fewer than 20 few (1), the others medium (2)" in card
+    assert "| NC2, smallest angle between them (degrees) | 95 |" in card
+    assert "drawn with care" in card and "@techreport{krizhevsky2009learning" in card
+
+
+def test_metadata_is_what_the_hub_reads(folder):
+    write_card(folder, "user/name", license="apache-2.0", tags=["mine"])
+    metadata = metadata_load(folder / "README.md")
+    assert metadata["pipeline_tag"] == "image-classification"
+    assert metadata["library_name"] == "nc_hf"  # plain timm does not know this architecture
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["datasets"] == ["uoft-cs/cifar10"]
+    assert "mine" in metadata["tags"]
+    evaluation = ModelCard.load(folder / "README.md").data.eval_results
+    assert {entry.metric_type: entry.metric_value for entry in evaluation}["accuracy"] == 0.82
+    assert {entry.dataset_type for entry in evaluation} == {"uoft-cs/cifar10"}
+
+
+def test_library_of_a_stock_network_is_timm(tmp_path):
+    model, _ = load_classifier("test_resnet", 2)
+    save_pretrained(model, tmp_path, label_names=["a", "b"])
+    write_results(tmp_path / "results.json", {"dataset": {"class_names": ["a", "b"], "class_counts": [5, 1]}})
+    card = model_card(tmp_path, "user/name")
+    assert "library_name: timm" in card
+    assert 'timm.create_model("hf-hub:user/name", pretrained=True)' in card
+    assert card.count("import nc_hf") == 1  # in our own door alone
+
+
+def test_what_is_not_known_is_left_out(saved, tmp_path):
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    write_results(tmp_path / "results.json", {"dataset": {"class_names": [*"abcd"]}})
+    card = model_card(tmp_path, "user/name")
+    for word in ("None", "nan", "information needed", "Results", "Geometry", "Training", "undefined", "{{", "{%"):
+        assert word not in card, word
+    assert "model-index" not in card and "datasets" not in card
+
+
+def test_seeds_become_mean_and_deviation(folder):
+    (folder / "seeds").mkdir()
+    write_results(folder / "seeds" / "seed2.json", results(seed=2))
+    card = model_card(folder, "user/name")
+    assert "mean ± standard deviation of 2 seeds" in card
+    assert "| 83.0 ± 1.4 |" in card and "82.6 (+0.4)" in card
+
+
+def test_a_twin_without_the_terms_stands_beside(folder):
+    twin = results(methods={"base": "CE-DRW"}, heads={"base": metrics(0.7)})
+    write_results(folder / "twin.json", twin)
+    assert "| CE-DRW: the same without the collapse terms | 70.0 | 80.0 | 70.0 | 60.0 | 5.0 | 75.1 (-5.1) |" in (
+        model_card(folder, "user/name")
+    )
+
+
+def test_a_figure_that_is_not_finite_is_refused(folder):
+    broken = results()
+    broken["heads"]["crt"]["ece"] = math.nan
+    (folder / "results.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="results.json.heads.crt.ece is nan"):
+        model_card(folder, "user/name")
+
+
+def test_the_recipe_is_shown_with_the_settings_of_each_stage(folder):
+    recipe = load_recipe(ROOT / "recipes/cifar10_lt/nc_drw_crt.yaml")
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    card = model_card(folder, "user/name")
+    assert (
+        "* Stage 1: 200 epochs of batches of 128, SGD, learning rate 0.1, weight decay 0.0005, mixup (alpha 0.2)"
+        in card
+    )
+    assert "0.01 L_W + 0.1 L_B" in card and "from 90 % of the run on" in card and "2.0 hours" in card
+    assert "Stage 2" not in card  # it was not run
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(names=st.lists(st.text(min_size=1, max_size=30), min_size=4, max_size=4))
+def test_no_name_breaks_tables_or_metadata(folder, names):
+    dataset = results()["dataset"] | {"class_names": names, "name": names[0]}
+    write_results(folder / "results.json", results(dataset=dataset))
+    card = model_card(folder, "user/name")
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(head)["pipeline_tag"] == "image-classification"
+    rows = [line for line in body.split("\n") if line.endswith("| 90.0 | 92.0 |")]
+    assert len(rows) == 1
+    assert rows[0].replace("\\|", "").count("|") == 5 and "<" not in rows[0]
+
+
+def test_a_persons_words_are_kept(folder):
+    write_card(folder, "user/name", license="mit")
+    readme = folder / "README.md"
+    theirs = readme.read_text().replace(BEGIN, f"# By hand\n\n{BEGIN}").replace(END, f"{END}\n\nBelow by hand.")
+    theirs = theirs.replace("license: mit", "license: mit\nlanguage: en")
+    readme.write_text(theirs.replace("82.0", "old"))
+    write_card(folder, "user/name")
+    text = readme.read_text()
+    assert "# By hand" in text and "Below by hand." in text and "old" not in text
+    assert metadata_load(readme)["language"] == "en" and metadata_load(readme)["license"] == "mit"
+
+
+def test_a_readme_without_our_marks_keeps_its_body():
+    ours = f"---\ntags:\n- a\nmetrics:\n- accuracy\n---\n\n{BEGIN}\nnew\n{END}\n"
+    merged = merge_cards(ours, "---\ntags:\n- b\n---\n\nAll mine.\n")
+    assert "All mine." in merged and "new" not in merged
+    assert yaml.safe_load(merged.split("---")[1]) == {"tags": ["b", "a"], "metrics": ["accuracy"]}
+
+
+def test_a_readme_whose_metadata_is_broken_is_refused():
+    with pytest.raises(ValueError, match="cannot be read"):
+        merge_cards(f"---\ntags:\n- a\n---\n{BEGIN}\n{END}\n", "---\ntags: [a\n---\ntext\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "NC-DRW"),
+        ({"within_weight": 0, "between_weight": 0, "centers": "ema"}, "CE-DRW"),
+        ({"between_weight": 0}, "CE+L_W-DRW"),
+        ({"drw_epoch": None}, "NC-RW"),
+        ({"class_weighting": "none", "drw_epoch": None, "sampler": "class_balanced"}, "NC-RS"),
+    ],
+)
+def test_methods_have_the_papers_names(settings, name):
+    recipe = load_recipe(ROOT / "recipes/cifar10_lt/nc_drw_crt.yaml")
+    recipe.stage1 |= settings
+    assert method_name(recipe) == name
+    assert method_name(recipe, "crt") == f"{name}-cRT"
+
+
+def test_the_papers_table_is_the_printed_one(shared):
+    printed = json.loads((shared / "paper_tables.json").read_text())["table3_cifar_lt_top1"]
+    for (dataset, ratio), rows in TABLE3.items():
+        column = printed["columns"].index(f"{dataset.upper()}-LT r={ratio}")
+        assert rows == {name: printed["rows"][name][column] for name in rows}
+
+
+@pytest.mark.parametrize("change", [{"model": "resnet18"}, {"split": "validation"}, {"methods": {}}])
+def test_no_figure_of_the_paper_stands_beside_something_else(change):
+    assert paper_accuracy(results(), "crt") == 82.6
+    assert paper_accuracy(results(**change), "crt") is None
