@@ -230,6 +230,7 @@ def build_task(
             args.centers,
             between_objective=args.between_objective,
             within_reduction=args.within_reduction,
+            feature_scale=args.feature_scale,
             momentum=args.centers_momentum,
             class_counts=class_counts,
         )

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from nc_hf.losses.classification import SUPERVISED_LOSSES
-from nc_hf.losses.collapse import BetweenObjective, CenterMode, Reduction
+from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
 from nc_hf.rebalancing import ClassWeighting, SamplerName
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,13 @@ class NCTrainingArguments(TrainingArguments):
     `start_epoch`, `drw_epoch`, `lr_milestones` and `warmup_epochs` count epochs when they are 1 or more and are
     fractions of the run when they are less than 1.
 
-    The weights of the terms are those of the paper's Table 1 for CIFAR-10.
+    The defaults are for fine-tuning: running class means as centers, and L_W relative to the squared norm of the
+    features, with the weight that the paper's 0.01 comes to on CIFAR-10 (where that norm is about 9). The recipes of
+    the paper set `centers: learned`, `feature_scale: none` and the weights of its Table 1.
     """
 
     # Parameters that control the collapse terms
-    within_weight: float = field(default=0.01, metadata={"help": "lambda_1, the weight of L_W; 0 switches it off."})
+    within_weight: float = field(default=0.1, metadata={"help": "lambda_1, the weight of L_W; 0 switches it off."})
     between_weight: float = field(default=0.1, metadata={"help": "lambda_2, the weight of L_B; 0 switches it off."})
     start_epoch: float = field(default=0.0, metadata={"help": "Epoch from which the two terms are part of the loss."})
     centers: CenterMode = field(
@@ -68,6 +70,10 @@ class NCTrainingArguments(TrainingArguments):
     )
     within_reduction: Reduction = field(
         default="mean", metadata={"help": "L_W: mean over classes (the authors' code) or sum (Eq. 13 as printed)."}
+    )
+    feature_scale: FeatureScale = field(
+        default="rms",
+        metadata={"help": "L_W relative to the mean squared norm of the features: rms, or none as in the paper."},
     )
     within_counts: Literal["batch", "train"] = field(
         default="batch",
@@ -179,6 +185,12 @@ class NCTrainingArguments(TrainingArguments):
                 raise ValueError(
                     "`centers: learned` needs within_weight > 0, since L_B reaches the features only through L_W. "
                     "Use `centers: ema` or `batch` for L_B alone."
+                )
+            if self.feature_scale != "none":
+                raise ValueError(
+                    "`centers: learned` follow the features in their own units: set feature_scale: none, and "
+                    f"within_weight as in the paper (0.01 for CIFAR; it is {self.within_weight}). "
+                    "Or use `centers: ema`."
                 )
             if self.optim != "sgd":
                 raise ValueError(

@@ -107,6 +107,8 @@ def arguments(options: argparse.Namespace, **settings: Any) -> NCTrainingArgumen
         decay_all_parameters=True,
         max_grad_norm=0,
         mixup_alpha=0.2,
+        within_weight=0.01,
+        feature_scale="none",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -33,8 +33,10 @@ def main(arguments: list[str]) -> None:
         position = arguments.index("--json")
         json_path = Path(arguments[position + 1])
         del arguments[position : position + 2]
-    beside = Path(source).parent / "recipe.yaml"
-    path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else beside
+    own = Path(source) / "recipe.yaml"  # of a release; the other folders of a run have it beside them
+    path = own if own.is_file() else Path(source).parent / "recipe.yaml"
+    if arguments and not arguments[0].startswith("--"):
+        path = arguments.pop(0)
     recipe = load_recipe(path, arguments)
     state = start_processes()
     results = {"heads": evaluate_heads(source, recipe)}

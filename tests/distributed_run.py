@@ -24,6 +24,8 @@ RUNS = {
 
 
 def trainer(folder: Path, processes: int, model: torch.nn.Module, **settings) -> NCTrainer:
+    if settings["centers"] == "learned":
+        settings = {"within_weight": 0.01, "feature_scale": "none", **settings}
     args = NCTrainingArguments(
         output_dir=str(folder),
         use_cpu=True,

@@ -396,3 +396,34 @@ def test_between_needs_a_fifth_of_the_memory_of_the_dense_matrix():
         ours.copy_(dense)
     assert peak_allocation(between_class_loss, ours) < peak_allocation(dense_between, dense) / 5
     torch.testing.assert_close(ours.grad, dense.grad, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("centers", ["ema", "batch"])
+def test_relative_to_the_features_l_w_does_not_change_with_their_scale(centers):
+    features, labels = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 5
+    seen = {}
+    for scale in (1.0, 30.0):
+        for feature_scale in ("rms", "none"):
+            torch.manual_seed(0)
+            loss = NeuralCollapseLoss(5, 6, 0.3, 0.1, centers, feature_scale=feature_scale).double()
+            given = (scale * features).requires_grad_()
+            terms = loss(given, labels)
+            gradient = torch.autograd.grad(terms["within"], given)[0]
+            seen[scale, feature_scale] = terms["within"].item(), gradient.norm().item() * scale
+    assert seen[30.0, "rms"] == pytest.approx(seen[1.0, "rms"])
+    assert seen[30.0, "none"] == pytest.approx(tuple(900 * value for value in seen[1.0, "none"]))
+    share = features.square().sum(dim=1).mean().item()
+    assert seen[1.0, "rms"] == pytest.approx(tuple(value / share for value in seen[1.0, "none"]))
+
+
+def test_features_that_are_all_zero_are_finite_relative_to_themselves():
+    loss = NeuralCollapseLoss(3, 4, feature_scale="rms")
+    features = torch.zeros(6, 4, requires_grad=True)
+    terms = loss(features, torch.arange(6) % 3)
+    (terms["within"] + terms["between"]).backward()
+    assert terms["within"] == 0 and features.grad.isfinite().all()
+
+
+def test_learned_centers_keep_the_units_of_the_features():
+    with pytest.raises(ValueError, match='use feature_scale="none"'):
+        NeuralCollapseLoss(3, 4, centers="learned", feature_scale="rms")

@@ -397,7 +397,7 @@ def test_digest_changes_with_what_changes_the_weights(overrides: tuple[str, ...]
         ("--stage2.report_to", "tensorboard"),
         ("--stage1.dataloader_num_workers", "4"),
         ("--stage1.ddp_timeout", "60"),
-        ("--stage1.within_weight", "0.01"),  # the default, written out
+        ("--stage1.within_weight", "0.1"),  # the default, written out
     ],
 )
 def test_digest_does_not_change_with_paths_hub_and_logging(overrides: tuple[str, ...]) -> None:

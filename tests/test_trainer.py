@@ -40,6 +40,8 @@ def arguments(folder, **settings) -> NCTrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
         "precision": "fp32",
+        "within_weight": 0.01,
+        "feature_scale": "none",
     }
     return NCTrainingArguments(**defaults | settings)
 
@@ -304,6 +306,7 @@ def test_gradient_checkpointing_gives_the_same_losses(images, tmp_path):
         ({"loss": "hinge"}, "`loss` must be one of ce, mse, got 'hinge'"),
         ({"drw_epoch": 0.9}, "`class_weighting` is none"),
         ({"centers": "learned", "optim": "adamw_torch"}, "trained by plain SGD.*use `centers: ema`"),
+        ({"centers": "learned", "feature_scale": "rms"}, "set feature_scale: none, and within_weight as in the paper"),
         ({"centers": "learned", "within_weight": 0}, "needs within_weight > 0"),
         ({"lr_milestones": [1], "lr_cosine": True}, "two schedules"),
         ({"warmup_epochs": 2}, "use `warmup_steps`"),

@@ -26,6 +26,7 @@ from nc_hf.losses.nearest_angle import NearestAngles, gram_norm
 CenterMode = Literal["learned", "batch", "ema"]
 BetweenObjective = Literal["mean", "min", "gram"]
 Reduction = Literal["mean", "sum"]
+FeatureScale = Literal["none", "rms"]
 
 
 def within_class_loss(
@@ -134,6 +135,9 @@ class NeuralCollapseLoss(nn.Module):
         centers: see above.
         between_objective: see `between_class_loss`.
         within_reduction: see `within_class_loss`.
+        feature_scale: `"none"` leaves L_W in squared units of the features, as the paper; `"rms"` divides it by the
+            mean squared norm of the features at hand (no gradient flows through that), so that lambda_1 means the
+            same for a ResNet and for the LayerNorm outputs of a transformer. Not with learned centers.
         momentum: of the running means.
         class_counts: (K,) training images per class; classes without any are left out of L_B and of the mean center.
 
@@ -152,6 +156,7 @@ class NeuralCollapseLoss(nn.Module):
         *,
         between_objective: BetweenObjective = "mean",
         within_reduction: Reduction = "mean",
+        feature_scale: FeatureScale = "none",
         momentum: float = 0.9,
         class_counts: Tensor | None = None,
     ) -> None:
@@ -159,6 +164,7 @@ class NeuralCollapseLoss(nn.Module):
         _check_choice("centers", centers, ("learned", "batch", "ema"))
         _check_choice("between_objective", between_objective, ("mean", "min", "gram"))
         _check_choice("within_reduction", within_reduction, ("mean", "sum"))
+        _check_choice("feature_scale", feature_scale, ("none", "rms"))
         for name, value in (("within_weight", within_weight), ("between_weight", between_weight)):
             if not value >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch the term off.")
@@ -171,7 +177,13 @@ class NeuralCollapseLoss(nn.Module):
                 'centers="learned" needs within_weight > 0: L_B reaches the features only through L_W. '
                 'Use centers="ema" or "batch" for L_B alone.'
             )
+        if centers == "learned" and feature_scale == "rms":
+            raise ValueError(
+                'centers="learned" follow the features by steps in their own units: use feature_scale="none", or '
+                'centers="ema" or "batch".'
+            )
         self.num_classes, self.feature_dim, self.mode = num_classes, feature_dim, centers
+        self.feature_scale = feature_scale
         self.within_weight, self.between_weight, self.momentum = within_weight, between_weight, momentum
         self.between_objective, self.within_reduction = between_objective, within_reduction
         self.frozen = False  # learned centers held still: the authors' code did so before the terms start
@@ -230,7 +242,7 @@ class NeuralCollapseLoss(nn.Module):
             pull, push, present = self._centers(features, assignments)
             terms = {}
             if self.within_weight:
-                terms["within"] = self.within_weight * sum(
+                terms["within"] = self._within_factor(features) * sum(
                     weight
                     * within_class_loss(features, y, pull, reduction=self.within_reduction, class_counts=class_counts)
                     for y, weight in assignments
@@ -240,6 +252,13 @@ class NeuralCollapseLoss(nn.Module):
                     push, objective=self.between_objective, present=present
                 )
         return terms
+
+    def _within_factor(self, features: Tensor) -> float | Tensor:
+        """The factor of L_W; the same on all processes."""
+        if self.feature_scale == "none":
+            return self.within_weight
+        squares = gather_with_gradient(features.detach().square().sum(dim=1))
+        return self.within_weight / squares.mean().clamp(min=1e-12)
 
     def _centers(
         self, features: Tensor, assignments: list[tuple[Tensor, float | Tensor]]
