@@ -1,0 +1,257 @@
+"""The pictures of cards and of the paper, drawn from results and class means and never from a new run."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from torch import Tensor
+
+from nc_hf.metrics.angles import best_angle, pairwise_angles
+from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE
+
+# Okabe and Ito's colors, told apart with any kind of color vision; markers tell them apart without color.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+BARS = "#BBBBBB"
+WIDTH, DPI = 8.0, 200  # inches and dots an inch: 1600 pixels, shown at half that on the Hub
+MOST_NAMES = 30  # of classes on an axis
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "nc_hf"}
+
+
+def save_figure(figure: Figure, path: str | Path, *, svg: bool = False) -> None:
+    """Write `<path>.png`, and `<path>.svg` if asked; the same figure gives the same bytes.
+
+    Args:
+        figure: one of those below.
+        path: without a suffix.
+        svg: for print and for pages that zoom.
+    """
+    path = Path(path)
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in a script that the font lacks: a box stands for it
+        figure.savefig(path.with_suffix(".png"), dpi=DPI, metadata={"Software": None})
+        if svg:
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def class_accuracy_figure(
+    class_counts: Sequence[int],
+    per_class_accuracy: Mapping[str, Sequence[float | None]],
+    class_names: Sequence[str] | None = None,
+    *,
+    few_below: int = FEW_BELOW,
+    many_above: int = MANY_ABOVE,
+) -> Figure:
+    """Training images per class as bars, and the accuracy of each head per class above them.
+
+    Args:
+        class_counts: (K,) training images; classes are ordered by them.
+        per_class_accuracy: K accuracies in [0, 1] by the name of a head; None for classes without a test image.
+        class_names: K names, shown where there is room.
+        few_below: classes with fewer training images are few.
+        many_above: classes with more training images are many.
+
+    Raises:
+        ValueError: for lists of other lengths, or an accuracy that is not finite.
+    """
+    counts = np.asarray(class_counts)
+    order = np.argsort(-counts, kind="stable")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        lines, positions, small = [], np.arange(len(counts)), {"markersize": 5 if len(counts) <= 100 else 2}
+        for number, (name, accuracies) in enumerate(per_class_accuracy.items()):
+            values = np.array([np.nan if a is None else 100 * a for a in _of_length(accuracies, len(counts), name)])
+            line = {"linestyle": "-" if len(counts) <= MOST_NAMES else "none", **small}
+            lines += upper.plot(positions, values[order], **_look(number), **line)
+        upper.set(ylabel="accuracy (%)", ylim=(-3, 103))
+        _legend(upper, lines, per_class_accuracy)
+        lower.bar(positions, counts[order], color=BARS, width=0.8 if len(counts) <= 200 else 1.0)
+        lower.set(ylabel="training images", xlim=(-0.7, len(counts) - 0.3))
+        if counts.max() > 20 * max(1, counts.min()):
+            _log_scale(lower, "{x:,.0f}")
+        _mark_groups((upper, lower), counts[order], few_below, many_above)
+        _name_classes(lower, order, class_names)
+    return figure
+
+
+def _mark_groups(axes: Sequence[Axes], counts: np.ndarray, few_below: int, many_above: int) -> None:
+    """Lines between many, medium and few, where both sides have classes, and their names."""
+    edges = [0, int((counts > many_above).sum()), int((counts >= few_below).sum()), len(counts)]
+    for edge in {edge for edge in edges[1:-1] if 0 < edge < len(counts)}:
+        for ax in axes:
+            ax.axvline(edge - 0.5, color="black", linewidth=0.8, linestyle=":")
+    for name, start, stop in zip(("many", "medium", "few"), edges[:-1], edges[1:], strict=True):
+        if stop > start:
+            middle = (start + stop - 1) / 2
+            axes[1].annotate(
+                name, (middle, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9
+            )
+
+
+def _name_classes(ax: Axes, order: np.ndarray, class_names: Sequence[str] | None) -> None:
+    if class_names is not None and len(order) <= MOST_NAMES:
+        names = [_plain(class_names[k]) for k in order]
+        long = max(map(len, names)) * len(names) > 90
+        ax.set_xticks(range(len(order)), names, rotation=40 if long else 0, ha="right" if long else "center")
+    else:
+        ax.set_xlabel(f"{len(order)} classes, by number of training images")
+
+
+def angle_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Figure:
+    """Figure 2 of the paper: pairwise angles of the centered class means, one heat-map a method, on one color scale.
+
+    Args:
+        means: (K, P) class means by the name of a method.
+        class_counts: (K,) training images; classes are ordered by them, those without any are left out.
+
+    Raises:
+        ValueError: for a mean that is not finite.
+    """
+    angles = {name: pairwise_angles(_centered(mean, class_counts, name)).numpy() for name, mean in means.items()}
+    for matrix in angles.values():
+        np.fill_diagonal(matrix, np.nan)
+    best, reachable = best_angle(len(next(iter(angles.values()))), next(iter(means.values())).shape[1])
+    low, high = min(map(np.nanmin, angles.values())), max(best, *map(np.nanmax, angles.values()))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(angles)))
+        for ax, (name, matrix) in zip(axes, angles.items(), strict=True):
+            image = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+            ax.set_title(f"{_plain(name)}\nsmallest {np.nanmin(matrix):.1f}°", fontsize=10)
+            ax.set(xlabel="class, by number of training images")
+            ax.spines[:].set_visible(True)
+        bar = figure.colorbar(image, ax=axes, label="angle (degrees)", shrink=0.85)
+        bar.ax.axhline(best, color="white", linewidth=2.5)
+        bar.ax.axhline(best, color="black", linewidth=1.2)
+        bar.ax.set_title(f"{'best' if reachable else 'bound'} {best:.1f}°", fontsize=9)
+    return figure
+
+
+def norm_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Figure:
+    """Figure 3 of the paper: norms of the centered class means, classes ordered by size, one line a method.
+
+    Norms are divided by their mean, since the scale of features is each network's own.
+
+    Args:
+        means: (K, P) class means by the name of a method.
+        class_counts: (K,) training images; classes without any are left out.
+
+    Raises:
+        ValueError: for a mean that is not finite.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        ax, lines = figure.subplots(), []
+        for number, (name, mean) in enumerate(means.items()):
+            norms = _centered(mean, class_counts, name).norm(dim=1).numpy()
+            size = 5 if len(norms) <= 100 else 2
+            lines += ax.plot(norms / norms.mean(), markersize=size, **_look(number))
+        ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        ax.set(xlabel="class, by number of training images", ylabel="norm of the centered\nclass mean / their mean")
+        ax.set_ylim(bottom=0)
+        _legend(ax, lines, means)
+    return figure
+
+
+def collapse_figure(courses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """NC1 to NC4 of the training features over the epochs, one color a method.
+
+    Args:
+        courses: records with `epoch` and keys of `measure_geometry`, by the name of a method; of two records of one
+            epoch the last counts.
+
+    Raises:
+        ValueError: for a course without a record.
+    """
+    panels = {
+        "nc1_variability_balanced": "NC1: within- / between-class\nvariability",
+        "nc2_angle_gap": "NC2: smallest angle below\nthe optimum (degrees)",
+        "nc3_duality_gap": "NC3: distance of head\nand class means",
+        "nc4_agreement": "NC4: images not predicted\nas by the nearest mean (%)",
+    }
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
+        axes, lines = figure.subplots(2, 2, sharex=True), []
+        for number, (name, records) in enumerate(courses.items()):
+            if not records:
+                raise ValueError(f"there is no record of {name!r}. Train with CollapseCallback (geometry_every).")
+            course = {record["epoch"]: record for record in records}
+            for ax, key in zip(axes.flat, panels, strict=True):
+                points = [(epoch, record[key]) for epoch, record in sorted(course.items()) if key in record]
+                epochs, values = zip(*points, strict=True) if points else ((), ())
+                values = [100 * (1 - value) for value in values] if key == "nc4_agreement" else values
+                lines += ax.plot(epochs, values, markersize=4, **_look(number))
+        for ax, (key, label) in zip(axes.flat, panels.items(), strict=True):
+            ax.set_ylabel(label)
+            if key == "nc1_variability_balanced":
+                _log_scale(ax, "{x:g}")
+            elif key != "nc2_angle_gap":
+                ax.set_ylim(bottom=0)
+        for ax in axes[1]:
+            ax.set_xlabel("epoch")
+        _legend(axes[0, 0], lines[:: len(panels)], courses)
+    return figure
+
+
+def read_collapse_records(path: str | Path, stage: str = "stage1") -> list[dict[str, Any]]:
+    """The records of `CollapseCallback` in a run's `log.jsonl`.
+
+    Args:
+        path: of the file.
+        stage: whose records.
+    """
+    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [record for record in records if record["stage"] == stage and "nc4_agreement" in record]
+
+
+def _centered(means: Tensor, class_counts: Sequence[int], name: str) -> Tensor:
+    """Class means of the present classes by falling size, minus their mean, (K', P) in float64."""
+    counts = torch.as_tensor(class_counts)
+    order = counts.argsort(descending=True, stable=True)
+    means = means.detach().cpu().double()[order[counts[order] > 0]]
+    if not means.isfinite().all():
+        raise ValueError(f"the class means of {name!r} are not finite. Check that training did not diverge.")
+    return means - means.mean(dim=0)
+
+
+def _of_length(values: Sequence[Any], length: int, name: str) -> Sequence[Any]:
+    if len(values) != length:
+        raise ValueError(f"{name!r} has {len(values)} accuracies for {length} classes.")
+    if not all(value is None or np.isfinite(value) for value in values):
+        raise ValueError(f"{name!r} has an accuracy that is not finite. Check that training did not diverge.")
+    return values
+
+
+def _legend(ax: Axes, lines: Sequence[Any], names: Iterable[str]) -> None:
+    # Given one by one, since matplotlib leaves out labels that begin with an underscore.
+    labels = [_plain(name) for name in names]
+    ax.legend(lines, labels, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+
+
+def _log_scale(ax: Axes, numbers: str) -> None:
+    """A logarithmic axis with plain numbers, also where it covers less than a decade."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(StrMethodFormatter(numbers))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_minor_formatter(StrMethodFormatter(numbers) if high < 10 * low else NullFormatter())
+
+
+def _look(number: int) -> dict[str, str]:
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _plain(name: Any) -> str:
+    """A name as matplotlib shows it: one line, no formulas, not too long."""
+    text = " ".join(str(name).split()).replace("$", r"\$")
+    return text if len(text) <= 24 else f"{text[:23]}…"
