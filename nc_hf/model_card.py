@@ -35,7 +35,7 @@ PICTURES = {
 GEOMETRY = {
     "nc1_variability_balanced": "NC1, within- to between-class variability (classes counted alike)",
     "nc2_norm_cov": "NC2, variation of the norms of the centered class means",
-    "nc2_min_angle": "NC2, smallest angle between them (degrees)",
+    "nc2_min_angle": "NC2, smallest angle between them (degrees{best})",
     "nc3_duality_gap": "NC3, distance of head and class means",
     "nc4_agreement": "NC4, agreement with the nearest class mean",
 }
@@ -241,8 +241,10 @@ def _geometry_rows(results: Mapping[str, Any]) -> dict[str, Any]:
         for head, splits in results.get("geometry", {}).items()
         for split, values in splits.items()
     ]
+    best = next((values["nc2_best_angle"] for _, values in measured if "nc2_best_angle" in values), None)
+    best = "" if best is None else f"; at best {best:.1f}"
     rows = [
-        (label, [f"{values[key]:.3g}" if key in values else "–" for _, values in measured])
+        (label.format(best=best), [f"{values[key]:.3g}" if key in values else "–" for _, values in measured])
         for key, label in GEOMETRY.items()
     ]
     return {"columns": [column for column, _ in measured], "rows": rows}
