@@ -98,13 +98,16 @@ def push_folder(
     """
     folder = Path(folder)
     options = {"private": private, "revision": revision, "create_pr": create_pr or None}
+    if not (folder / "config.json").is_file():
+        raise PushError(f"{folder} has no config.json: it is not a saved classifier.")
     try:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json: it is not a saved classifier.")
-        if (folder / "results.json").is_file():
-            write_card(folder, repo_id)
         if check:
             check_doors(folder)
+        if (folder / "results.json").is_file():
+            write_card(folder, repo_id)
+    except (RuntimeError, ValueError) as error:
+        raise PushError(f"{folder} is not pushed to {repo_id}: {error}") from error
+    try:
         api = HfApi(token=token)
         url = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:

@@ -1,0 +1,217 @@
+"""Our own pushes: complete, in one commit, kind to a person's words, and honest when they fail."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from huggingface_hub import HfApi
+
+from nc_hf import publishing
+from nc_hf.card_block import BEGIN
+from nc_hf.doors import check_doors
+from nc_hf.hub import load_pretrained, save_pretrained
+from nc_hf.model_card import write_card
+from nc_hf.models.classifier import load_classifier, logits_of
+from nc_hf.publishing import PushError, check_access, push_folder
+from nc_hf.results import write_results
+
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A saved timm network with results, as the Trainer API leaves one."""
+    torch.manual_seed(0)
+    model, _ = load_classifier("test_resnet", 4, NAMES)
+    heads = {"base": model.fc.state_dict()}
+    folder = save_pretrained(model, tmp_path / "model", heads=heads, class_counts=[9, 5, 3, 1])
+    dataset = {"class_names": NAMES, "class_counts": [9, 5, 3, 1]}
+    write_results(folder / "results.json", {"dataset": dataset, "seed": 0})
+    write_card(folder, license="apache-2.0")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(publishing, "WAITS", (0, 0, 0))
+
+
+def test_a_folder_is_pushed_in_one_commit(hub, user, folder):
+    (folder / "optimizer.pt").write_bytes(b"pickle")
+    (folder / ".hidden.json").write_text("{}")
+    url = push_folder(folder, f"{user}/one")
+    assert url.endswith(f"{user}/one")
+    files = hub.files(f"{user}/one")
+    assert {"config.json", "model.safetensors", "nc_heads.safetensors", "results.json", "README.md"} <= set(files)
+    assert not {"optimizer.pt", ".hidden.json"} & set(files)
+    for name in ("model.safetensors", "nc_heads.safetensors", "config.json"):
+        assert files[name] == (folder / name).read_bytes()
+    assert f'timm.create_model("hf-hub:{user}/one", pretrained=True)' in files["README.md"].decode()
+    commits = HfApi().list_repo_commits(f"{user}/one")
+    assert [commit.title for commit in commits] == ["Upload model", "initial commit"]
+
+
+def test_a_push_of_the_same_again_makes_no_commit(hub, user, folder):
+    push_folder(folder, f"{user}/again")
+    push_folder(folder, f"{user}/again")
+    assert len(HfApi().list_repo_commits(f"{user}/again")) == 2
+
+
+def test_what_a_person_wrote_on_the_hub_stays(hub, user, folder):
+    push_folder(folder, f"{user}/edited")
+    text = hub.files(f"{user}/edited")["README.md"].decode()
+    edited = text.replace(BEGIN, f"By hand.\n\n{BEGIN}").replace(
+        "license: apache-2.0", "license: apache-2.0\nlanguage: en"
+    )
+    HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id=f"{user}/edited")
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=f"{user}/edited")
+    results = {"dataset": {"class_names": NAMES, "class_counts": [90, 5, 3, 1]}, "seed": 0}
+    write_results(folder / "results.json", results)
+    push_folder(folder, f"{user}/edited")
+    files = hub.files(f"{user}/edited")
+    readme = files["README.md"].decode()
+    assert "By hand." in readme and "language: en" in readme and "99 images, 90 to 1 a class" in readme
+    assert files["notes.txt"] == b"mine"
+
+
+def test_private_branch_and_pull_request(hub, user, folder):
+    push_folder(folder, f"{user}/secret", private=True, revision="trial")
+    assert HfApi().repo_info(f"{user}/secret").private
+    assert "model.safetensors" in hub.files(f"{user}/secret", "trial")
+    assert "model.safetensors" not in hub.files(f"{user}/secret")
+    url = push_folder(folder, f"{user}/secret", create_pr=True)
+    assert "/discussions/1" in url
+    assert "model.safetensors" not in hub.files(f"{user}/secret")
+    assert "model.safetensors" in hub.files(f"{user}/secret", "refs/pr/1")
+
+
+def test_a_fault_of_the_moment_is_retried(hub, user, folder):
+    hub.fail(lambda request: "/commit/" in request.path, status=503, times=2)
+    push_folder(folder, f"{user}/retried")
+    assert "model.safetensors" in hub.files(f"{user}/retried")
+
+
+def test_a_lasting_fault_ends_with_the_command_that_pushes_later(hub, user, folder):
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
+    hub.fail(lambda request: "/commit/" in request.path, status=500, times=1000)
+    with pytest.raises(PushError, match="Push it later with") as caught:
+        push_folder(folder, f"{user}/later", private=True)
+    tries = [request for request in hub.requests() if f"{user}/later/commit/" in request.path]
+    assert len(tries) == 1 + len(publishing.WAITS)
+    hub.heal()
+    assert {path: path.read_bytes() for path in before} == before
+    command = str(caught.value).splitlines()[-1].strip()
+    assert (
+        command == f"""python -c "import nc_hf; nc_hf.push_folder({str(folder)!r}, '{user}/later', private=True)\""""
+    )
+    exec(command.removeprefix('python -c "').removesuffix('"'))
+    assert HfApi().repo_info(f"{user}/later").private and "model.safetensors" in hub.files(f"{user}/later")
+
+
+def test_a_refusal_is_not_retried(hub, user, folder):
+    push_folder(folder, f"{user}/refused")
+    write_results(folder / "results.json", {"dataset": {"class_names": NAMES}, "seed": 1})
+    hub.fail(lambda request: "/commit/" in request.path, status=403, times=1000)
+    with pytest.raises(PushError, match="403"):
+        push_folder(folder, f"{user}/refused")
+    hub.heal()
+    assert len([r for r in hub.requests() if f"{user}/refused/commit/" in r.path]) == 2
+
+
+def test_a_commit_by_somebody_else_in_between_is_kept(hub, user, folder):
+    push_folder(folder, f"{user}/raced")
+    write_results(folder / "results.json", {"dataset": {"class_names": NAMES}, "seed": 1})
+    raced = []
+
+    def race(request) -> bool:
+        if f"{user}/raced/commit/" in request.path and not raced:
+            raced.append(True)
+            hub.commit(f"{user}/raced", {"other.txt": b"first"}, "somebody else")
+        return False
+
+    hub.fail(race, status=500, times=1)
+    push_folder(folder, f"{user}/raced")
+    hub.heal()
+    files = hub.files(f"{user}/raced")
+    assert files["other.txt"] == b"first" and b'"seed": 1' in files["results.json"]
+
+
+def test_two_pushes_at_once_both_arrive_or_say_so(hub, user, folder):
+    errors = []
+
+    def push() -> None:
+        try:
+            push_folder(folder, f"{user}/twice", check=False)
+        except PushError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=push) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert hub.files(f"{user}/twice")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_folder_that_does_not_open_is_not_pushed(hub, user, folder):
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(PushError, match="does not open through timm"):
+        push_folder(folder, f"{user}/broken")
+    assert not HfApi().repo_exists(f"{user}/broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "message"),
+    [
+        ("nobody/model", None, "the token is for alice"),
+        ("alice/a model!", None, "cannot push to alice/a model!"),
+        ("alice/model", "tok-read", "the token may only read"),
+        ("alice/model", "tok-wrong", "cannot push to alice/model"),
+    ],
+)
+def test_access_is_checked_beforehand(hub, name, token, message):
+    with pytest.raises(PushError, match=message):
+        check_access(name, token=token)
+
+
+def test_a_bare_name_is_the_users_own(hub, user):
+    assert check_access("model") == f"{user}/model"
+
+
+def test_the_token_is_in_no_message_and_no_file(hub, user, folder, caplog):
+    caplog.set_level(logging.DEBUG)
+    hub.fail(lambda request: "/commit/" in request.path, status=403, times=1000)
+    with pytest.raises(PushError) as caught:
+        push_folder(folder, f"{user}/quiet")
+    hub.heal()
+    token = hub.token
+    assert token not in str(caught.value) and token not in caplog.text
+    assert not any(token.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_door_opens_by_repository_id(hub, user, folder, fresh_cache):
+    import timm
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+    push_folder(folder, f"{user}/doors")
+    name = f"{user}/doors"
+    image = PIL.Image.effect_noise((40, 40), 64).convert("RGB")
+    pixels = AutoImageProcessor.from_pretrained(name)(image, return_tensors="pt")["pixel_values"]
+    doors = [
+        timm.create_model(f"hf-hub:{name}", pretrained=True),
+        AutoModelForImageClassification.from_pretrained(name),
+        load_pretrained(name, head="base", revision="main")[0],
+    ]
+    with torch.no_grad():
+        expected, *others = (logits_of(model.eval()(pixels)) for model in doors)
+    for logits in others:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+    answers = {answer["label"]: answer["score"] for answer in pipeline("image-classification", name)(image)}
+    assert answers == {name: pytest.approx(expected.softmax(1)[0, k].item(), abs=1e-6) for k, name in enumerate(NAMES)}
+    assert check_doors(folder)

@@ -1,0 +1,160 @@
+"""`NCTrainer` and the Hub: clean folders, failures said aloud, and new models from released ones."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_images import SmallImages
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+
+from nc_hf import NCTrainer, NCTrainingArguments, load_classifier, load_pretrained, publishing
+from nc_hf.metrics import compute_metrics_for
+from nc_hf.publishing import PushError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(publishing, "WAITS", (0, 0, 0))
+
+
+def trainer(folder, repo_id, model=None, **settings) -> NCTrainer:
+    images = SmallImages()
+    defaults = {"num_train_epochs": 2, "per_device_train_batch_size": 54, "save_strategy": "no", "precision": "fp32"}
+    defaults |= {"report_to": "none", "disable_tqdm": True, "hub_model_id": repo_id}
+    args = NCTrainingArguments(str(folder), **defaults | settings)
+    if model is None:
+        model, _ = load_classifier("test_resnet", 4, images.class_names)
+    metrics = compute_metrics_for(images.class_counts)
+    return NCTrainer(model, args, train_dataset=images, eval_dataset=SmallImages(seed=1), compute_metrics=metrics)
+
+
+def test_a_trained_model_is_pushed_with_its_card(hub, user, tmp_path, fresh_cache):
+    run = trainer(tmp_path, f"{user}/trained")
+    run.train()
+    accuracy = run.evaluate()["eval_accuracy"]
+    url = run.push_to_hub(license="mit", tags=["mine"], private=True)
+    assert url.endswith(f"{user}/trained")
+    files = hub.files(f"{user}/trained")
+    assert set(files) == {
+        ".gitattributes", "README.md", "config.json", "model.safetensors", "nc_heads.safetensors", "results.json"
+    }  # fmt: skip
+    card = files["README.md"].decode()
+    assert "license: mit" in card and "- mine" in card and f"| {100 * accuracy:.1f} |" in card
+    model, _ = load_pretrained(f"{user}/trained")
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in run.classifier.state_dict().items())
+
+
+def test_saves_are_pushed_in_the_background(hub, user, tmp_path):
+    settings = {"push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True}
+    run = trainer(tmp_path, f"{user}/often", save_strategy="epoch", **settings)
+    run.train()
+    assert not [name for name in hub.files(f"{user}/often") if name.endswith((".bin", ".pt", ".pth"))]
+    titles = [commit["title"] for commit in hub.commits(f"{user}/often")]
+    assert titles[:2] == ["Training in progress, step 4", "Training in progress, step 2"]
+
+
+def test_a_background_push_that_fails_is_said_and_tried_again_at_the_end(hub, user, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    hub.fail(lambda request: "/commit/" in request.path, status=403, times=1)
+    run = trainer(
+        tmp_path, f"{user}/second", push_to_hub=True, hub_strategy="every_save", save_strategy="steps", save_steps=4
+    )
+    run.train()
+    hub.heal()
+    assert "Training goes on, but the push" in caplog.text
+    assert [commit["title"] for commit in hub.commits(f"{user}/second")][0] == "End of training"
+
+
+def test_a_push_that_fails_to_the_end_raises_after_everything_is_saved(hub, user, tmp_path):
+    hub.fail(lambda request: "/commit/" in request.path, status=403, times=1000)
+    run = trainer(tmp_path, f"{user}/never", push_to_hub=True, hub_strategy="every_save", save_strategy="epoch")
+    with pytest.raises(PushError, match="Push it later with"):
+        run.train()
+    hub.heal()
+    assert run.state.global_step == 4
+    assert (tmp_path / "checkpoint-4" / "complete.json").is_file()
+    saved, _ = load_pretrained(tmp_path / "hub")
+    assert all(torch.equal(t, saved.state_dict()[n]) for n, t in run.classifier.state_dict().items())
+
+
+def test_saving_pushes_where_the_arguments_say_so(hub, user, tmp_path):
+    run = trainer(tmp_path, f"{user}/saved", push_to_hub=True, max_steps=1)
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    assert "model.safetensors" in hub.files(f"{user}/saved")
+
+
+def test_a_push_that_cannot_succeed_stops_before_training(hub, tmp_path):
+    with pytest.raises(PushError, match="the token is for alice"):
+        trainer(tmp_path, "somebody/else", push_to_hub=True)
+
+
+def test_checkpoints_are_never_uploaded(hub, user, tmp_path):
+    with pytest.raises(ValueError, match="need pickle to load. Use every_save or end"):
+        trainer(tmp_path, f"{user}/model", push_to_hub=True, hub_strategy="checkpoint")
+
+
+@pytest.fixture(scope="module")
+def released(hub, user, tmp_path_factory) -> str:
+    """A repository with a network of another number of classes."""
+    model, _ = load_classifier("test_resnet", 7)
+    from nc_hf import push_folder, save_pretrained
+
+    push_folder(save_pretrained(model, tmp_path_factory.mktemp("released") / "model"), f"{user}/released")
+    return f"{user}/released"
+
+
+def test_our_trainer_starts_from_a_repository_with_another_number_of_classes(released, tmp_path, fresh_cache, caplog):
+    caplog.set_level(logging.INFO)
+    model, _ = load_classifier(released, 4)
+    assert "has 7 outputs; one with 4 is drawn anew" in caplog.text
+    run = trainer(tmp_path, None, model)
+    run.train()
+    assert run.state.log_history[-1]["train_loss"] > 0
+
+
+def test_plain_trainer_starts_from_it_too(released, tmp_path, fresh_cache):
+    model = AutoModelForImageClassification.from_pretrained(released, num_labels=4, ignore_mismatched_sizes=True)
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    images = SmallImages()
+    rows = [images.__getitems__([k]) for k in range(len(images))]
+    rows = [{"pixel_values": row["pixel_values"][0], "labels": row["labels"][0]} for row in rows]
+    Trainer(model, args, train_dataset=rows).train()
+
+
+def test_a_recipe_pushes_what_it_trained(hub, user, tmp_path):
+    recipe = [
+        sys.executable,
+        str(ROOT / "recipes/train.py"),
+        "--stage1.num_train_epochs",
+        "2",
+        "--stage2.num_train_epochs",
+        "1",
+    ]
+    done = subprocess.run([*recipe, "--hub.repo_id", f"{user}/digits"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"pushed: {hub.base}/{user}/digits" in done.stdout
+    files = hub.files(f"{user}/digits")
+    assert {"figures/classes.png", "figures/angles.png", "recipe.yaml", "results.json"} <= set(files)
+    assert b"digits-LT, imbalance ratio 20" in files["README.md"]
+    assert not any(hub.token.encode() in content or str(tmp_path).encode() in content for content in files.values())
+
+
+def test_a_recipe_whose_push_fails_ends_with_an_error_and_a_complete_folder(hub, user, tmp_path):
+    hub.fail(lambda request: f"{user}/failing/commit/" in request.path, status=403, times=1000)
+    recipe = [sys.executable, str(ROOT / "recipes/train.py"), "--stage1.num_train_epochs", "1", "--stage2", "null"]
+    done = subprocess.run([*recipe, "--hub.repo_id", f"{user}/failing"], cwd=tmp_path, capture_output=True, text=True)
+    hub.heal()
+    assert done.returncode != 0 and "Push it later with" in done.stderr
+    (release,) = tmp_path.glob("out/*/release")
+    publish = [sys.executable, str(ROOT / "recipes/publish.py"), str(release), f"{user}/failing"]
+    done = subprocess.run(publish, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "figures/angles.png" in hub.files(f"{user}/failing")
