@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+from nc_hf.data.provenance import PROVENANCE
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 from nc_hf.hub import load_heads
 from nc_hf.model_card import write_card
@@ -56,9 +60,29 @@ def build_release(
     for other in seeds:
         others = read_results(Path(other) / "results.json")
         write_results(folder / "seeds" / f"seed{others['seed']}.json", others)
+    _write_evaluation(folder, results)
     draw_figures(folder, results, _class_means(run), None if twin is None else _class_means(Path(twin)))
     write_card(folder, source, **metadata)
     return folder
+
+
+def _write_evaluation(folder: Path, results: dict[str, Any]) -> None:
+    """The file from which the Hub reads results of data sets that it has."""
+    known = PROVENANCE.get(results["dataset"]["name"])
+    if known is None or known.hub_id is None or results["split"] != "test":
+        return
+    entries = [
+        EvalResultEntry(
+            dataset_id=known.hub_id,
+            task_id="image-classification",
+            value=round(100 * metrics["accuracy"], 2),
+            notes=f"top-1 accuracy (%) of head {head}, trained on {sum(results['dataset']['class_counts'])} images",
+        )
+        for head, metrics in results["heads"].items()
+    ]
+    path = folder / ".eval_results" / f"{known.hub_id.split('/')[-1]}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def draw_figures(folder: Path, results: dict[str, Any], means: Any, means_without_terms: Any = None) -> None:
