@@ -15,10 +15,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from nc_hf.models.classifier import WEIGHTS, find_head, load_classifier, local_folder
-
-HEADS = "nc_heads.safetensors"
-FORMAT = 1
+from nc_hf.models.classifier import find_head, load_classifier
+from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, check_tensors, local_folder
 
 
 def save_pretrained(
@@ -131,8 +129,10 @@ def _save_transformers(model: nn.Module, folder: Path, label_names: list[str], i
 
 def load_heads(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Heads by name, and the other tensors (`centers`, `class_means`, `class_counts`), of a saved folder."""
-    path = Path(folder) / HEADS
-    tensors = load_file(path) if path.is_file() else {}
+    path, tensors = Path(folder) / HEADS, {}
+    if path.is_file():
+        check_tensors(path)
+        tensors = load_file(path)
     heads: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith("heads.")]:
         head, _, parameter = name.removeprefix("heads.").rpartition(".")

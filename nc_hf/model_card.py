@@ -19,7 +19,7 @@ from nc_hf.card_block import marked, merge_cards
 from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
 from nc_hf.doors import doors_of, needs_nc_hf
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
-from nc_hf.models.classifier import WEIGHTS
+from nc_hf.models.saved_folder import WEIGHTS
 from nc_hf.paper_results import paper_accuracy
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")

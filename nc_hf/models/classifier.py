@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 import nc_hf.models.cifar_resnet  # noqa: F401  makes the CIFAR networks known to timm
 from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
+from nc_hf.models.saved_folder import local_folder, read_config
 
 __all__ = [
     "FeatureTap",
@@ -29,9 +29,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = "model.safetensors"
-HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors*", "nc_heads.safetensors"]
 
 
 def load_classifier(
@@ -67,7 +64,8 @@ def load_classifier(
         folder without one).
 
     Raises:
-        ValueError: for a name that is no model, weights without safetensors, or arguments that do not fit.
+        ValueError: for a name that is no model, a folder that does not pass the checks of `saved_folder`, or arguments
+            that do not fit.
         FileNotFoundError: for a Hub id that cannot be read.
     """
     if label_names is not None:
@@ -79,51 +77,12 @@ def load_classifier(
             raise ValueError(f"timm has no released weights of {name_or_path!r}. Set pretrained: false.")
         return _load_timm(name_or_path, num_labels, label_names, pretrained, image_size, model_args)
     folder = local_folder(name_or_path, revision)
-    config = _read_config(folder)
+    config = read_config(folder)
     if "architecture" in config and config.get("model_args", {}) is not None:
         return _load_timm(f"local-dir:{folder}", num_labels, label_names, True, image_size, model_args)
     if image_size is not None:
         raise ValueError(f"`image_size` is for timm models; {folder} holds a model of transformers.")
     return _load_transformers(folder, num_labels, label_names, head, model_args)
-
-
-def local_folder(name_or_path: str, revision: str | None = None) -> Path:
-    """The folder of that name, or that of a Hub id after downloading config and safetensors.
-
-    Raises:
-        ValueError: when it can be neither.
-        FileNotFoundError: when the Hub has no such repository, or cannot be reached.
-    """
-    path = Path(name_or_path.removeprefix("local-dir:"))
-    if path.is_dir():
-        return path
-    repo_id, _, tag = name_or_path.removeprefix("hf-hub:").partition("@")
-    if repo_id.count("/") != 1:
-        raise ValueError(
-            f"{name_or_path!r} is no timm architecture, no folder and no Hub id (user/name). "
-            "timm.list_models() names the architectures."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, revision=revision or tag or None, allow_patterns=HUB_FILES))
-    except OSError as error:
-        raise FileNotFoundError(f"{name_or_path!r} is no folder here, and not readable on the Hub: {error}") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a saved classifier.")
-    if not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        raise ValueError(
-            f"{folder} has no {WEIGHTS}. Weights in a pickle file are not loaded; convert them with safetensors."
-        )
-    config = json.loads((folder / "config.json").read_text())
-    for name, value in (config.get("model_args") or {}).items():
-        values = value if isinstance(value, list) else [value]
-        if name.startswith("pretrained") or not all(isinstance(v, str | int | float | None) for v in values):
-            raise ValueError(f"{folder}/config.json has the model argument {name}={value!r}, which is not accepted.")
-    return config
 
 
 def _load_timm(
