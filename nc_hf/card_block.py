@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
@@ -11,9 +12,17 @@ BEGIN, END = "<!-- nc_hf:begin -->", "<!-- nc_hf:end -->"
 OUR_BLOCK = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
 
 
-def marked(text: str) -> str:
-    """The text between the marks that `merge_cards` looks for."""
-    return f"{BEGIN}\n{text.strip()}\n{END}\n"
+def marked(card: str) -> str:
+    """A rendered card with its body between the marks that `merge_cards` looks for, and no gaps of empty lines."""
+    head, _, text = card.removeprefix("---\n").partition("\n---\n")
+    text = re.sub("\n{3,}", "\n\n", text).strip()
+    return f"---\n{head}\n---\n\n{BEGIN}\n{text}\n{END}\n"
+
+
+def escaped(text: Any) -> str:
+    """A name as it may stand in a table or heading."""
+    text = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
 def merge_cards(ours: str, theirs: str) -> str:
@@ -25,7 +34,7 @@ def merge_cards(ours: str, theirs: str) -> str:
 
     Returns:
         `theirs` with our block replaced and our metadata keys set. Where a person took the marks out, the body stays
-        as it is.
+        as it is; an empty one becomes ours.
 
     Raises:
         ValueError: when the metadata of `theirs` cannot be read.
@@ -37,7 +46,9 @@ def merge_cards(ours: str, theirs: str) -> str:
     for key, value in new.data.to_dict().items():
         old.data[key] = _union(old.data.get(key), value) if key == "tags" else value
     block = OUR_BLOCK.search(new.text)
-    if block is not None:
+    if not old.text.strip():
+        old.text = new.text
+    elif block is not None:
         old.text = OUR_BLOCK.sub(lambda _: block[0], old.text, count=1)
     return str(old)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from nc_hf.card_block import marked, merge_cards
+from nc_hf.card_block import escaped, marked, merge_cards
 from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
 from nc_hf.doors import doors_of, needs_nc_hf
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
@@ -86,7 +84,7 @@ def model_card(folder: str | Path, source: str, metadata: Mapping[str, Any] | No
     card = ModelCard.from_template(
         card_data=_card_data(folder, source, saved["active_head"], first, dataset, dict(metadata or {})),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=_escaped(source.split("/")[-1]),
+        name=escaped(source.split("/")[-1]),
         source=source,
         timm_source=f"local-dir:{source}" if folder.as_posix().endswith(source) else f"hf-hub:{source}",
         architecture=config.get("architecture") or config["architectures"][0],
@@ -110,22 +108,13 @@ def model_card(folder: str | Path, source: str, metadata: Mapping[str, Any] | No
         environment={key: first[key] for key in ("versions", "device", "git_revision") if first.get(key)},
         citations=_citations(first),
     )
-    return _with_marks(str(card))
+    return marked(str(card))
 
 
 def _read(path: Path) -> dict[str, Any]:
     results = json.loads(path.read_text())
     _check_finite(results, path.name)
     return results
-
-
-def _with_marks(card: str) -> str:
-    head, _, text = card.removeprefix("---\n").partition("\n---\n")
-    return f"---\n{head}\n---\n\n{marked(_without_gaps(text))}"
-
-
-def _without_gaps(text: str) -> str:
-    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _card_data(
@@ -169,7 +158,7 @@ def _dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     facts = dict(results["dataset"])
     known, counts = PROVENANCE.get(facts.get("name")), facts.get("class_counts")
     facts["name"] = facts.get("name") or "own images"
-    facts["title"] = known.title if known else _escaped(facts["name"])
+    facts["title"] = known.title if known else escaped(facts["name"])
     if facts.get("imbalance_ratio"):
         facts["title"] += f"-LT, imbalance ratio {facts['imbalance_ratio']:g}"
     facts["hub_id"] = known.hub_id if known else None
@@ -177,7 +166,7 @@ def _dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     if counts is None:
         return facts
     facts |= {"images": sum(counts), "largest": max(counts), "smallest": min(counts)}
-    facts["empty"] = [_escaped(name) for name, n in zip(facts["class_names"], counts, strict=True) if n == 0]
+    facts["empty"] = [escaped(name) for name, n in zip(facts["class_names"], counts, strict=True) if n == 0]
     bounds = {"few_below": facts.get("few_below", FEW_BELOW), "many_above": facts.get("many_above", MANY_ABOVE)}
     groups = frequency_groups(counts, **bounds)
     facts["groups"] = bounds | {name: int(members.sum()) for name, members in groups.items()}
@@ -222,7 +211,7 @@ def _class_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     order = sorted(range(len(names)), key=lambda k: -counts[k])
     return [
         {
-            "name": _escaped(names[k]),
+            "name": escaped(names[k]),
             "images": counts[k],
             "accuracies": [_percent(heads[head]["per_class_accuracy"][k]) for head in heads],
         }
@@ -266,12 +255,6 @@ def _citations(results: Mapping[str, Any]) -> list[str]:
     dataset = results["dataset"]
     known = PROVENANCE.get(dataset.get("name"))
     return [*([known.citation] if known else []), *([LONG_TAIL_CITATION] if dataset.get("imbalance_ratio") else [])]
-
-
-def _escaped(text: Any) -> str:
-    """A name as it may stand in a table or heading."""
-    text = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
 def _check_finite(value: Any, where: str) -> None:

@@ -75,7 +75,6 @@ def gather_release(arguments: list[str]) -> None:
 def push_dataset(arguments: list[str]) -> None:
     """Push the splits of a recipe's section `data` as parquet, with a card; overrides follow as for train.py."""
     from nc_hf.dataset_card import config_name_for, push_splits
-
     from nc_hf.image_sets import read_splits
     from nc_hf.publishing import check_access
     from nc_hf.recipe import load_recipe
@@ -88,7 +87,9 @@ def push_dataset(arguments: list[str]) -> None:
     options = vars(options)
     recipe = load_recipe(options.pop("recipe"), overrides)
     repo_id = check_access(options.pop("repo_id"))
-    print(push_splits(read_splits(recipe), repo_id, config_name=config_name_for(recipe.data), **options))
+    data = recipe.data
+    options |= {"config_name": config_name_for(data), "dataset": data.dataset}
+    print(push_splits(read_splits(recipe), repo_id, **options))
 
 
 def _add_push_options(parser: argparse.ArgumentParser) -> None:

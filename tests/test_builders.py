@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import DatasetDict, Image
 
-from nc_hf.data.builders import STANDARD_PIXELS, Cifar10, Cifar100, FashionMnist, pixel_checksum
+from nc_hf.data.builders import STANDARD_PIXELS, VERSION, Cifar10, Cifar100, FashionMnist, pixel_checksum
 from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT, find_lists
 from nc_hf.data.long_tail import class_counts
 from nc_hf.data.sources import Benchmark, encode_images, folder_source, make_dataset, official_order
@@ -62,12 +62,21 @@ def test_cifar10_is_the_standard_subset(cifar10: Cifar10) -> None:
     train, test = cifar10.as_dataset("train"), cifar10.as_dataset("test")
     assert class_counts(train).tolist() == COUNTS
     assert class_counts(test).tolist() == [1000] * 10
-    assert train.column_names == ["image", "label"]
+    assert train.column_names == ["image", "label", "index"]
     assert train.features["label"].names[:3] == ["airplane", "automobile", "bird"]
     assert pixel_checksum(train) == STANDARD_PIXELS["CIFAR-10", 100]
     description = train.info.description
     assert "12406 training images, 5000 to 50 a class" in description
     assert description.endswith(f"pixels {STANDARD_PIXELS['CIFAR-10', 100]}, the standard subset")
+
+
+def test_index_is_the_row_in_the_original(cifar10: Cifar10, cifar10_source: dict) -> None:
+    train, original = cifar10.as_dataset("train"), cifar10_source["train"]
+    labels = np.asarray(original["label"][:])
+    assert (labels[train["index"][:]] == train["label"][:]).all()
+    for row in (0, 7_000, 12_405):
+        assert train[row]["image"].tobytes() == original[train[row]["index"]]["image"].tobytes()
+    assert cifar10.as_dataset("test")["index"][:] == list(range(10_000))
 
 
 def test_encoded_images_are_copied_as_they_are(cifar10: Cifar10, shared: Path) -> None:
@@ -84,7 +93,7 @@ def test_cache_needs_no_source(cifar10: Cifar10, monkeypatch: pytest.MonkeyPatch
     again.download_and_prepare()
     assert len(again.as_dataset("train")) == 12_406
     assert again.info.description == cifar10.info.description
-    assert "1.0.0" in again.cache_dir
+    assert VERSION in again.cache_dir
     others = [Cifar10(config_name="r100", **settings, **more).cache_dir for more in ({"seed": 1}, {"profile": "step"})]
     others += [Cifar10(config_name="r10", **settings).cache_dir, Cifar100(config_name="r100", **settings).cache_dir]
     assert len({again.cache_dir, *others}) == 5

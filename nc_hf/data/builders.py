@@ -31,6 +31,7 @@ from datasets import (
     Features,
     Image,
     SplitGenerator,
+    Value,
     Version,
 )
 
@@ -41,7 +42,8 @@ from nc_hf.data.sources import Benchmark, encode_images, folder_source, hub_sour
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1.0.0"  # part of the cache's path: raise it with every change of what a builder writes
+COLUMNS = ["image", "label", "index"]  # index: the row in the whole split, in official order
+VERSION = "1.1.0"  # part of the cache's path: raise it with every change of what a builder writes
 FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -102,7 +104,7 @@ class LongTailBuilder(ArrowBasedBuilder):
 
     def _info(self) -> DatasetInfo:
         names = ClassLabel(names=list(self.benchmark.class_names))
-        return DatasetInfo(features=Features({"image": Image(), "label": names}))
+        return DatasetInfo(features=Features({"image": Image(), "label": names, "index": Value("int32")}))
 
     def source(self) -> dict[str, Dataset]:
         """All images of the benchmark, by split."""
@@ -117,8 +119,8 @@ class LongTailBuilder(ArrowBasedBuilder):
         return f"pixels {pixel_checksum(train)}"
 
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
-        splits = self.source()
-        self.info.features = Features({name: splits["train"].features[name] for name in ("image", "label")})
+        splits = {name: _with_index(split) for name, split in self.source().items()}
+        self.info.features = Features({name: splits["train"].features[name] for name in COLUMNS})
         splits["train"] = train = self._thin_out(splits["train"])
         counts, config = class_counts(train, "label"), self.config
         chosen, checksum = "all images", self.checksum(train)
@@ -129,7 +131,7 @@ class LongTailBuilder(ArrowBasedBuilder):
             f"class; sha256 of {checksum}{self._compared_with_standard(checksum)}"
         )
         return [
-            SplitGenerator(name=name, gen_kwargs={"dataset": split.select_columns(["image", "label"])})
+            SplitGenerator(name=name, gen_kwargs={"dataset": split.select_columns(COLUMNS)})
             for name, split in splits.items()
         ]
 
@@ -177,6 +179,12 @@ def _state_of_files(folder: Path, patterns: tuple[str, ...]) -> str:
     files = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     state = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
+def _with_index(dataset: Dataset) -> Dataset:
+    if "index" not in dataset.column_names:
+        dataset = dataset.add_column("index", np.arange(len(dataset), dtype=np.int32))
+    return dataset.cast_column("index", Value("int32"))
 
 
 def pixel_checksum(dataset: Dataset) -> str:

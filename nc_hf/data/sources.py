@@ -174,7 +174,7 @@ def _read_parquet(benchmark: Benchmark, paths: list[Path]) -> Dataset:
     if "lt_rank" in features:
         table = table.sort_by("index")  # the official order, in which the whole data set would be thinned out
     image = next(name for name, feature in features.items() if isinstance(feature, Image))
-    extra = {"lt_rank": table.column("lt_rank").to_numpy()} if "lt_rank" in table.column_names else {}
+    extra = {name: table.column(name).to_numpy() for name in ("lt_rank", "index") if "lt_rank" in table.column_names}
     labels = table.column(benchmark.label_column).to_numpy()
     return make_dataset(table.column(image).combine_chunks(), labels, list(benchmark.class_names), **extra)
 

@@ -148,10 +148,11 @@ def _choose_splits(found: DatasetDict, test_split: str | None, validation_fracti
 
 
 def _canonical(dataset: Dataset, image_column: str | None, label_column: str | None) -> Dataset:
-    """Only the columns `image` and `label`, with checked labels of type `ClassLabel`."""
+    """The columns `image` and `label`, with checked labels of type `ClassLabel`, and the `index` of a benchmark."""
     image, label = find_image_column(dataset, image_column), find_label_column(dataset, label_column)
     _, names = dataset_labels(dataset, label)
-    dataset = dataset.with_format(None).select_columns([image, label])
+    index = ["index"] if dataset.features.get("index") == Value("int32") else []
+    dataset = dataset.with_format(None).select_columns([image, label, *index])
     if dataset.features[image] in (Value("string"), Value("binary")):  # file paths, or files
         dataset = dataset.cast_column(image, Image())
     if not isinstance(dataset.features[image], Image):
