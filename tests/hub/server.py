@@ -98,18 +98,25 @@ class HubServer:
         added = {path: self.store.regular_file(content) for path, content in files.items()}
         self.store.add_commit(repository, "refs/heads/main", self.store.tree(repository, "main") | added, title)
 
-    def start(self) -> None:
-        """Serve on a free port of this machine until the process ends."""
+    def start(self, port: int = 0) -> None:
+        """Serve on a port of this machine, a free one when 0, until the process ends or `kill`."""
         app = Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "HEAD", "POST", "PUT", "DELETE"])])
-        settings = {"host": "127.0.0.1", "port": 0, "log_level": "warning", "lifespan": "off"}
-        server = uvicorn.Server(uvicorn.Config(app, **settings))
-        threading.Thread(target=server.run, daemon=True).start()
-        while not server.started:
+        settings = {"host": "127.0.0.1", "port": port, "log_level": "critical", "lifespan": "off"}
+        self.server = uvicorn.Server(uvicorn.Config(app, **settings))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        self.base = f"http://127.0.0.1:{port}"
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.base = f"http://127.0.0.1:{self.port}"
         # Another origin, as the real Hub's content delivery is: clients send it no token.
-        self.delivery = f"http://localhost:{port}"
+        self.delivery = f"http://localhost:{self.port}"
+
+    def kill(self) -> None:
+        """Stop at once and cut all connections; `start(hub.port)` comes back with what was kept on disk."""
+        self.server.should_exit = self.server.force_exit = True
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()
 
     # ---- One request ----
 

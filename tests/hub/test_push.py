@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 
 from nc_hf import publishing
 from nc_hf.card_block import BEGIN
@@ -139,6 +140,30 @@ def test_a_commit_by_somebody_else_in_between_is_kept(hub, user, folder):
     hub.heal()
     files = hub.files(f"{user}/raced")
     assert files["other.txt"] == b"first" and b'"seed": 1' in files["results.json"]
+
+
+def test_a_server_killed_in_mid_upload_leaves_a_push_that_can_be_repeated(hub, user, folder):
+    push_folder(folder, f"{user}/cut")
+    head = HfApi().repo_info(f"{user}/cut").sha
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    killed = []
+
+    def kill(request) -> bool:
+        if request.path.startswith(("/lfs-content/put", "/v1/xorbs")) and not killed:
+            killed.append(request.path)
+            hub.kill()
+        return False
+
+    hub.fail(kill, status=500, times=1)
+    with pytest.raises(PushError, match="Push it later with"):
+        push_folder(folder, f"{user}/cut")
+    assert killed
+    hub.thread.join()
+    hub.start(hub.port)
+    assert HfApi().repo_info(f"{user}/cut").sha == head
+    push_folder(folder, f"{user}/cut")
+    assert hub.files(f"{user}/cut")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
 def test_two_pushes_at_once_both_arrive_or_say_so(hub, user, folder):
