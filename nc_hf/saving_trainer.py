@@ -59,7 +59,12 @@ class SavingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         state = self.task.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state.items()})  # from channels last
+        state = {name: tensor.contiguous() for name, tensor in state.items()}  # from channels last
+        token, self.args.hub_token = self.args.hub_token, None  # which `Trainer` would write down with the arguments
+        try:
+            super()._save(output_dir, state)
+        finally:
+            self.args.hub_token = token
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_names(Path(resume_from_checkpoint), self.task.state_dict())

@@ -96,6 +96,17 @@ def test_a_push_that_cannot_succeed_stops_before_training(hub, tmp_path):
         trainer(tmp_path, "somebody/else", push_to_hub=True)
 
 
+def test_the_token_is_in_no_file(hub, user, tmp_path):
+    settings = {"hub_token": hub.token, "push_to_hub": True, "save_strategy": "epoch"}
+    run = trainer(tmp_path, f"{user}/quiet-trainer", **settings)
+    run.train()
+    run.push_to_hub()
+    assert run.args.hub_token == hub.token
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    assert not [path for path in files if hub.token.encode() in path.read_bytes()]
+
+
 def test_checkpoints_are_never_uploaded(hub, user, tmp_path):
     with pytest.raises(ValueError, match="need pickle to load. Use every_save or end"):
         trainer(tmp_path, f"{user}/model", push_to_hub=True, hub_strategy="checkpoint")
