@@ -20,7 +20,7 @@ from nc_hf.data.long_tail import class_counts
 from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
 from nc_hf.data.splits import BUILDERS
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
-from nc_hf.publishing import MOVED_ON, PushError, _reason, _retried
+from nc_hf.publishing import MOVED_ON, PushError, reason_of, retried
 from nc_hf.recipe import DataConfig
 
 TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
@@ -89,7 +89,7 @@ def push_splits(
     except Exception as error:
         # Whatever a client raises here, the splits are as they were and the user is told how to go on.
         raise PushError(
-            f"the push of {config_name} to {repo_id} failed: {_reason(error)}\nRun it again; what has arrived is not "
+            f"the push of {config_name} to {repo_id} failed: {reason_of(error)}\nRun it again; what has arrived is not "
             "sent twice."
         ) from error
     return commit.pr_url or str(commit.repo_url)
@@ -98,11 +98,11 @@ def push_splits(
 def _on_the_head(push: Callable[[], Any]) -> Any:
     """Push; once more on the new head when somebody else was faster."""
     try:
-        return _retried(push)
+        return retried(push)
     except HfHubHTTPError as error:
         if error.response.status_code != MOVED_ON:
             raise
-        return _retried(push)
+        return retried(push)
 
 
 def _commit_card(api: HfApi, place: Mapping[str, Any], facts: Mapping[str, Any], dataset: str | None) -> CommitInfo:
@@ -183,6 +183,8 @@ def dataset_card(configs: Sequence[Mapping[str, Any]], repo_id: str, dataset: st
         example=configs[-1]["name"],  # the most imbalanced one
         configs=[_shown(config) for config in configs],
         profiles=profiles,
+        standard=[f"`{config['name']}`" for config in configs if config.get("standard") is True],
+        not_standard=[f"`{config['name']}`" for config in configs if config.get("standard") is False],
         bounds={"few_below": FEW_BELOW, "many_above": MANY_ABOVE},
         known=known,
         citations=[*([known.citation] if known else []), *([LONG_TAIL_CITATION] if profiles else [])],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def check_access(repo_id: str, *, token: str | None = None) -> str:
     except LocalTokenNotFoundError:
         raise PushError(f"cannot push to {repo_id}: there is no token. Run `hf auth login` first.") from None
     except (ValueError, OSError, httpx2.HTTPError) as error:
-        raise PushError(f"cannot push to {repo_id}: {_reason(error)}") from error
+        raise PushError(f"cannot push to {repo_id}: {reason_of(error)}") from error
 
 
 def push_folder(
@@ -109,14 +109,14 @@ def push_folder(
         raise PushError(f"{folder} is not pushed to {repo_id}: {error}") from error
     try:
         api = HfApi(token=token)
-        url = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
-            _retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+            retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         commit = _commit(api, folder, repo_id, revision=revision, create_pr=create_pr, commit_message=commit_message)
     except Exception as error:
         # Whatever a client or a file system raises here, the folder stays and the user is told how to go on.
         raise PushError(
-            f"the push to {repo_id} failed: {_reason(error)}\n"
+            f"the push to {repo_id} failed: {reason_of(error)}\n"
             f"The folder {folder} is complete. Push it later with\n    {push_command(folder, repo_id, **options)}"
         ) from error
     logger.info("pushed %s to %s", folder, commit.pr_url or url)
@@ -143,9 +143,9 @@ def _commit(api: HfApi, folder: Path, repo_id: str, **settings: Any) -> Any:
 def _commit_once(
     api: HfApi, folder: Path, repo_id: str, *, revision: str | None, create_pr: bool, commit_message: str
 ) -> Any:
-    head = _retried(lambda: api.repo_info(repo_id, revision=revision).sha)
+    head = retried(lambda: api.repo_info(repo_id, revision=revision).sha)
     readme = _merged_readme(api, folder, repo_id, head)
-    return _retried(
+    return retried(
         lambda: api.create_commit(
             repo_id,
             list(_operations(folder, readme)),  # made anew for each try, since the client uses them up
@@ -173,7 +173,7 @@ def _merged_readme(api: HfApi, folder: Path, repo_id: str, head: str) -> str | N
         return None
     ours = (folder / "README.md").read_text(encoding="utf-8")
     try:
-        path = _retried(lambda: api.hf_hub_download(repo_id, "README.md", revision=head))
+        path = retried(lambda: api.hf_hub_download(repo_id, "README.md", revision=head))
         return merge_cards(ours, Path(path).read_text(encoding="utf-8"))
     except EntryNotFoundError:
         return ours
@@ -182,14 +182,15 @@ def _merged_readme(api: HfApi, folder: Path, repo_id: str, head: str) -> str | N
         return None
 
 
-def _retried(call: Any) -> Any:
+def retried(call: Callable[[], Any]) -> Any:
+    """What a call to the Hub gives; temporary faults (429, 5xx, time-outs) are waited out three times."""
     for wait in WAITS:
         try:
             return call()
         except Exception as error:
             if not _is_temporary(error):
                 raise
-            logger.warning("The Hub does not answer well (%s); trying again in %d s.", _reason(error), wait)
+            logger.warning("The Hub does not answer well (%s); trying again in %d s.", reason_of(error), wait)
             time.sleep(wait)
     return call()
 
@@ -206,6 +207,7 @@ def _is_temporary(error: BaseException | None) -> bool:
     return False
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What went wrong, without the token."""
     text, token = str(error).strip() or type(error).__name__, get_token()
     return text.replace(token, "<token>") if token else text

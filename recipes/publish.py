@@ -89,6 +89,8 @@ def push_dataset(arguments: list[str]) -> None:
     repo_id = check_access(options.pop("repo_id"))
     data = recipe.data
     options |= {"config_name": config_name_for(data), "dataset": data.dataset}
+    if data.imbalance_ratio is not None:
+        options["facts"] = {"profile": data.profile, "imbalance_ratio": data.imbalance_ratio, "seed": data.seed}
     print(push_splits(read_splits(recipe), repo_id, **options))
 
 

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from datasets import load_dataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
-from nc_hf import load_splits
+from nc_hf import load_splits, publishing
 from nc_hf.card_block import BEGIN
 from nc_hf.dataset_card import push_splits
+from nc_hf.publishing import PushError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(publishing, "WAITS", (0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_splits("digits", imbalance_ratio=20)
+
+
+def readme(hub, name: str, revision: str = "main") -> str:
+    return hub.files(name, revision, kind="dataset")["README.md"].decode()
+
+
+def add(hub, name: str, path: str, content: bytes) -> None:
+    """A file that somebody adds through the Hub's page."""
+    HfApi().upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=name, repo_type="dataset")
 
 
 def test_the_command_pushes_a_split(hub, user, tmp_path):
@@ -32,22 +55,96 @@ def test_the_command_pushes_a_split(hub, user, tmp_path):
         pairs = zip(back[name]["image"][:20], ours[name]["image"][:20], strict=True)
         assert all((np.asarray(a) == np.asarray(b)).all() for a, b in pairs)
     facts = json.loads(hub.files(f"{user}/digits-lt", kind="dataset")["r10/split.json"])
-    assert facts["train_counts"] == np.bincount(ours["train"]["label"][:]).tolist()
-    assert "seed 0" in facts["description"] and "sha256 of pixels" in facts["description"]
+    assert facts["counts"]["train"] == np.bincount(ours["train"]["label"][:]).tolist()
+    assert (facts["profile"], facts["imbalance_ratio"], facts["seed"]) == ("exponential", 10, 0)
 
 
-def test_a_second_configuration_and_a_persons_words_stay(hub, user, tmp_path):
+def test_the_examples_of_the_card_run_as_they_stand(hub, user, digits, tmp_path, monkeypatch, capsys):
+    name = f"{user}/examples"
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    card = readme(hub, name)
+    use, with_nc_hf, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for example in (use, with_nc_hf):
+        found: dict = {}
+        exec(example, found)
+        assert found["splits"]["train"]["label"][:] == digits["train"]["label"][:]
+        assert found["splits"]["train"]["index"][:] == digits["train"]["index"][:]
+    capsys.readouterr()
+    exec(check, {})
+    assert f"| `r20` | `{capsys.readouterr().out.strip()}` |" in card
+
+
+def test_a_second_configuration_and_a_persons_words_stay(hub, user, digits, tmp_path):
     name = f"{user}/grown"
-    push_splits(load_splits("digits", imbalance_ratio=20), name, config_name="r20", dataset="digits")
-    text = hub.files(name, kind="dataset")["README.md"].decode()
-    assert "license: cc-by-4.0" in text and "config_name: r20" in text and "- `r20`" not in text
-    edited = text.replace(BEGIN, f"By hand.\n\n{BEGIN}")
-    HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo="README.md", repo_id=name, repo_type="dataset")
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    text = readme(hub, name)
+    assert "license: cc-by-4.0" in text and "config_name: r20" in text and "| `r20` | exponential" in text
+    add(hub, name, "README.md", text.replace(BEGIN, f"By hand.\n\n{BEGIN}").encode())
     push_splits(load_splits("digits", imbalance_ratio=5), name, config_name="r5", dataset="digits")
-    text = hub.files(name, kind="dataset")["README.md"].decode()
-    assert "By hand." in text
-    assert "* `r20`: " in text and "* `r5`: " in text
+    text = readme(hub, name)
+    assert "By hand." in text and text.count(BEGIN) == 1
+    assert "| `r20` | exponential" in text and "| `r5` | exponential" in text
     assert "config_name: r20" in text and "config_name: r5" in text
-    assert len(load_dataset(name, "r20", split="train", cache_dir=str(tmp_path))) < len(
-        load_dataset(name, "r5", split="train", cache_dir=str(tmp_path))
-    )
+    small, large = (load_dataset(name, config, split="train", cache_dir=str(tmp_path)) for config in ("r20", "r5"))
+    assert set(small["index"][:]) < set(large["index"][:])
+
+
+def test_a_push_of_the_same_again_changes_no_file(hub, user, digits):
+    name = f"{user}/again"
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    before = hub.files(name, kind="dataset")
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    assert hub.files(name, kind="dataset") == before
+
+
+def test_private_branch_and_pull_request(hub, user, digits):
+    name = f"{user}/hidden"
+    push_splits(digits, name, config_name="r20", dataset="digits", private=True, revision="trial")
+    assert HfApi().dataset_info(name).private
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(token="tok-bob").dataset_info(name)
+    assert "r20/split.json" in hub.files(name, "trial", kind="dataset") and BEGIN in readme(hub, name, "trial")
+    before = hub.files(name, kind="dataset")
+    url = push_splits(digits, name, config_name="r20", dataset="digits", create_pr=True)
+    assert url.endswith("/discussions/1")
+    assert hub.files(name, kind="dataset") == before
+    assert "r20/split.json" in hub.files(name, "refs/pr/1", kind="dataset") and BEGIN in readme(hub, name, "refs/pr/1")
+
+
+@pytest.mark.parametrize("commit", [1, 2], ids=["of the images", "of the card"])
+def test_a_commit_by_somebody_else_in_between_is_kept(hub, user, digits, commit):
+    name, seen = f"{user}/raced{commit}", []
+    HfApi().create_repo(name, repo_type="dataset")
+
+    def race(request) -> bool:
+        if f"{name}/commit/" in request.path:
+            seen.append(request)
+            if len(seen) == commit:
+                text = hub.files(name, kind="dataset").get("README.md", b"").decode()
+                words = {"notes.txt": b"first", "README.md": f"{text}\n\nBy hand.\n".encode()}
+                hub.commit(name, words, "somebody else", kind="dataset")
+        return False
+
+    hub.fail(race, status=500, times=1)
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    hub.heal()
+    files = hub.files(name, kind="dataset")
+    assert len(seen) == 3
+    assert files["notes.txt"] == b"first" and "By hand." in readme(hub, name)
+    assert "config_name: r20" in readme(hub, name) and "r20/split.json" in files
+
+
+def test_a_fault_of_the_moment_is_retried_and_a_lasting_one_said(hub, user, digits):
+    name = f"{user}/faulty"
+    hub.fail(lambda request: "/commit/" in request.path, status=503, times=2)
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    before = hub.files(name, kind="dataset")
+    hub.fail(lambda request: f"{name}/commit/" in request.path, status=403, times=1000)
+    with pytest.raises(PushError, match=f"the push of r5 to {name} failed.*403") as caught:
+        push_splits(load_splits("digits", imbalance_ratio=5), name, config_name="r5", dataset="digits")
+    hub.heal()
+    assert hub.token not in str(caught.value)
+    assert hub.files(name, kind="dataset") == before
+    push_splits(load_splits("digits", imbalance_ratio=5), name, config_name="r5", dataset="digits")
+    assert "r5/split.json" in hub.files(name, kind="dataset")
