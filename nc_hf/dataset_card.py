@@ -89,8 +89,8 @@ def push_splits(
     except Exception as error:
         # Whatever a client raises here, the splits are as they were and the user is told how to go on.
         raise PushError(
-            f"the push of {config_name} to {repo_id} failed: {reason_of(error)}\nRun it again; what has arrived is not "
-            "sent twice."
+            f"the push of {config_name} to {repo_id} failed: {reason_of(error)}\n"
+            "Run it again; what has arrived is not sent twice."
         ) from error
     return commit.pr_url or str(commit.repo_url)
 
