@@ -51,12 +51,26 @@ def write_card(folder: str | Path, source: str | None = None, **metadata: Any) -
         ValueError: for a figure that is not finite.
     """
     folder = Path(folder)
+    source = source or (folder.name if folder.is_absolute() else folder.as_posix())
     readme = folder / "README.md"
-    card = model_card(folder, source or (folder.name if folder.is_absolute() else folder.as_posix()), metadata)
-    if readme.is_file():
-        card = merge_cards(card, readme.read_text(encoding="utf-8"))
-    readme.write_text(card, encoding="utf-8")
+    readme.write_text(renewed_card(folder, source, metadata), encoding="utf-8")
     return readme
+
+
+def renewed_card(folder: Path, source: str, metadata: Mapping[str, Any] | None = None) -> str:
+    """The README that a folder has, with our block and our metadata as its other files have them now.
+
+    Args:
+        folder: of a saved model.
+        source: Hub id or path that the examples name.
+        metadata: further entries of the card's metadata.
+    """
+    readme = folder / "README.md"
+    present = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if not (folder / "results.json").is_file():
+        return present
+    card = model_card(folder, source, metadata)
+    return merge_cards(card, present) if present else card
 
 
 def model_card(folder: str | Path, source: str, metadata: Mapping[str, Any] | None = None) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from nc_hf.card_block import merge_cards
 from nc_hf.doors import check_doors
-from nc_hf.model_card import write_card
+from nc_hf.model_card import renewed_card
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,7 @@ def push_folder(
     try:
         if check:
             check_doors(folder)
-        if (folder / "results.json").is_file():
-            write_card(folder, repo_id)
+        card = renewed_card(folder, repo_id)
     except (RuntimeError, ValueError) as error:
         raise PushError(f"{folder} is not pushed to {repo_id}: {error}") from error
     try:
@@ -112,7 +111,9 @@ def push_folder(
         url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
             retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        commit = _commit(api, folder, repo_id, revision=revision, create_pr=create_pr, commit_message=commit_message)
+        commit = _commit(
+            api, folder, card, repo_id, revision=revision, create_pr=create_pr, commit_message=commit_message
+        )
     except Exception as error:
         # Whatever a client or a file system raises here, the folder stays and the user is told how to go on.
         raise PushError(
@@ -129,22 +130,22 @@ def push_command(folder: str | Path, repo_id: str, **options: Any) -> str:
     return f"""python -c "import nc_hf; nc_hf.push_folder({str(folder)!r}, {repo_id!r}{given})\""""
 
 
-def _commit(api: HfApi, folder: Path, repo_id: str, **settings: Any) -> Any:
+def _commit(api: HfApi, folder: Path, card: str, repo_id: str, **settings: Any) -> Any:
     """One commit on the head that was read; once more on the new head when somebody else was faster."""
     try:
-        return _commit_once(api, folder, repo_id, **settings)
+        return _commit_once(api, folder, card, repo_id, **settings)
     except HfHubHTTPError as error:
         if error.response.status_code != MOVED_ON:
             raise
         logger.info("%s has a new commit; reading it and trying once more", repo_id)
-        return _commit_once(api, folder, repo_id, **settings)
+        return _commit_once(api, folder, card, repo_id, **settings)
 
 
 def _commit_once(
-    api: HfApi, folder: Path, repo_id: str, *, revision: str | None, create_pr: bool, commit_message: str
+    api: HfApi, folder: Path, card: str, repo_id: str, *, revision: str | None, create_pr: bool, commit_message: str
 ) -> Any:
     head = retried(lambda: api.repo_info(repo_id, revision=revision).sha)
-    readme = _merged_readme(api, folder, repo_id, head)
+    readme = _merged_readme(api, card, repo_id, head) if card else None
     return retried(
         lambda: api.create_commit(
             repo_id,
@@ -167,16 +168,13 @@ def _operations(folder: Path, readme: str | None) -> Iterator[CommitOperationAdd
         yield CommitOperationAdd("README.md", readme.encode())
 
 
-def _merged_readme(api: HfApi, folder: Path, repo_id: str, head: str) -> str | None:
+def _merged_readme(api: HfApi, card: str, repo_id: str, head: str) -> str | None:
     """The README to commit; None leaves the one on the Hub as it is."""
-    if not (folder / "README.md").is_file():
-        return None
-    ours = (folder / "README.md").read_text(encoding="utf-8")
     try:
         path = retried(lambda: api.hf_hub_download(repo_id, "README.md", revision=head))
-        return merge_cards(ours, Path(path).read_text(encoding="utf-8"))
+        return merge_cards(card, Path(path).read_text(encoding="utf-8"))
     except EntryNotFoundError:
-        return ours
+        return card
     except ValueError as error:
         logger.warning("The README of %s is left as it is: %s", repo_id, error)
         return None

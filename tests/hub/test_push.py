@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from nc_hf.models.classifier import load_classifier, logits_of
 from nc_hf.publishing import PushError, check_access, push_folder
 from nc_hf.results import write_results
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["ant", "bee", "cat", "dog"]
 
 
@@ -98,7 +101,7 @@ def test_a_fault_of_the_moment_is_retried(hub, user, folder):
 
 
 def test_a_lasting_fault_ends_with_the_command_that_pushes_later(hub, user, folder):
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     hub.fail(lambda request: "/commit/" in request.path, status=500, times=1000)
     with pytest.raises(PushError, match="Push it later with") as caught:
         push_folder(folder, f"{user}/later", private=True)
@@ -218,6 +221,21 @@ def test_the_token_is_in_no_message_and_no_file(hub, user, folder, caplog):
     token = hub.token
     assert token not in str(caught.value) and token not in caplog.text
     assert not any(token.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_one_command_pushes_every_released_model(hub, user, tmp_path):
+    released = {path.parent.name: path.parent for path in (ROOT / "model_cards").glob("*/config.json")}
+    assert released
+    command = [sys.executable, str(ROOT / "recipes/publish.py"), "--all", "--private"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, folder in released.items():
+        assert f"{hub.base}/{user}/{name}" in done.stdout
+        files = hub.files(f"{user}/{name}")
+        for path in folder.rglob("*"):
+            if path.is_file() and path.name != "README.md":
+                assert files[path.relative_to(folder).as_posix()] == path.read_bytes()
+        assert f'"{user}/{name}"' in files["README.md"].decode()
 
 
 def test_every_door_opens_by_repository_id(hub, user, folder, fresh_cache):
