@@ -28,6 +28,18 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def now() -> str:
+    """The time as clients read it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
 class Store:
     """Repositories in one folder: `blobs/<sha256>` and `state.json`, which is replaced at once."""
 
@@ -47,9 +59,7 @@ class Store:
         """Keep a content; its sha256."""
         sha256 = hashlib.sha256(content).hexdigest()
         if not self.blob(sha256).is_file():
-            partial = self.blob(f"{sha256}.{secrets.token_hex(4)}")
-            partial.write_bytes(content)
-            partial.replace(self.blob(sha256))
+            replace(self.blob(sha256), content)
         return sha256
 
     def regular_file(self, content: bytes) -> dict[str, Any]:
@@ -96,14 +106,30 @@ class Store:
             raise Refused(401, "Invalid username or password.")
         if name.split("/")[0] != user["name"] or user["role"] != "write":
             raise Refused(403, "You don't have the rights to create a repo under this namespace")
-        if f"{kind}/{name}" in self.repositories:
-            return False
-        repository = {"private": private, "refs": {}, "commits": {}, "pull_requests": []}
-        self.repositories[f"{kind}/{name}"] = repository
-        self.add_commit(
-            repository, "refs/heads/main", {".gitattributes": self.regular_file(ATTRIBUTES)}, "initial commit"
-        )
+        with self.lock:
+            if f"{kind}/{name}" in self.repositories:
+                return False
+            repository = {"private": private, "refs": {}, "commits": {}, "pull_requests": []}
+            self.repositories[f"{kind}/{name}"] = repository
+            first = {".gitattributes": self.regular_file(ATTRIBUTES)}
+            self.add_commit(repository, "refs/heads/main", first, "initial commit")
         return True
+
+    def delete(self, kind: str, name: str, user: dict[str, Any] | None) -> None:
+        """Forget a repository; contents stay, for others may hold them too."""
+        with self.lock:
+            self.open(kind, name, user, write=True)
+            del self.repositories[f"{kind}/{name}"]
+            self.save()
+
+    def open_pull_request(self, repository: dict[str, Any], title: str) -> int:
+        """A number, and a ref of that number on the head of main for the commits to come."""
+        with self.lock:
+            repository["pull_requests"].append({"title": title, "createdAt": now()})
+            number = len(repository["pull_requests"])
+            repository["refs"][f"refs/pr/{number}"] = repository["refs"]["refs/heads/main"]
+            self.save()
+        return number
 
     def resolve(self, repository: dict[str, Any], revision: str) -> str:
         """The commit that a branch, a ref or a commit id means."""
@@ -121,11 +147,10 @@ class Store:
     def add_commit(self, repository: dict[str, Any], ref: str, tree: dict[str, Any], title: str) -> str:
         """Put a tree on top of a ref; the id of the commit."""
         with self.lock:
-            parent = repository["refs"].get(ref) or repository["refs"].get("refs/heads/main")
+            parent = repository["refs"].get(ref)
             identity = json.dumps([parent, title, secrets.token_hex(8)])
             commit = hashlib.sha1(identity.encode()).hexdigest()
-            date = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-            repository["commits"][commit] = {"parent": parent, "title": title, "date": date, "tree": tree}
+            repository["commits"][commit] = {"parent": parent, "title": title, "date": now(), "tree": tree}
             repository["refs"][ref] = commit
             self.save()
         return commit
@@ -140,6 +165,4 @@ class Store:
 
     def save(self) -> None:
         """Write the state; a reader never sees half of it."""
-        partial = self.folder / "state.json.partial"
-        partial.write_text(json.dumps(self.repositories))
-        partial.replace(self.folder / "state.json")
+        replace(self.folder / "state.json", json.dumps(self.repositories).encode())

@@ -10,10 +10,10 @@ import json
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
+from store import Refused, replace
 
 if TYPE_CHECKING:
     from server import HubServer, Seen
@@ -42,13 +42,15 @@ def chunks_of(xorb: bytes) -> Iterator[tuple[int, int]]:
 
 
 class XetStore:
-    """Xorbs in a folder, and the terms of each file."""
+    """Xorbs in a folder, and in `xet.json` the terms of each file."""
 
     def __init__(self, store: Store, server: HubServer) -> None:
         self.store, self.server, self.folder = store, server, store.folder / "xorbs"
         self.folder.mkdir(exist_ok=True)
-        self.files: dict[str, list[tuple[str, int, int, int]]] = {}
-        self.hashes: dict[str, str] = {}  # by sha256
+        state = store.folder / "xet.json"
+        kept = json.loads(state.read_text()) if state.is_file() else {"files": {}, "hashes": {}}
+        self.files: dict[str, list[tuple[str, int, int, int]]] = kept["files"]
+        self.hashes: dict[str, str] = kept["hashes"]  # by sha256
 
     def hash_of(self, sha256: str) -> str | None:
         """The client's hash of a content that came this way."""
@@ -73,7 +75,7 @@ class XetStore:
         if parts[:2] == ["v1", "xorbs"]:
             path = self.folder / parts[3]
             inserted = not path.is_file()
-            path.write_bytes(seen.body)
+            replace(path, seen.body)
             return JSONResponse({"was_inserted": inserted})
         if parts[:2] == ["v1", "shards"]:
             with self.store.lock:
@@ -84,7 +86,9 @@ class XetStore:
         return Response(status_code=404)
 
     def _xorb(self, name: str) -> bytes:
-        return Path(self.folder / name).read_bytes()
+        if not (self.folder / name).is_file():
+            raise Refused(400, f"the xorb {name} was never uploaded")
+        return (self.folder / name).read_bytes()
 
     def _take_shard(self, shard: bytes) -> None:
         position = ENTRY
@@ -97,10 +101,16 @@ class XetStore:
                 _, size, start, end = struct.unpack_from("<IIII", shard, position + 32)
                 terms.append((hash_text(shard[position : position + 32]), size, start, end))
                 position += ENTRY
-            position += ENTRY * count * bool(flags & HAS_VERIFICATION) + ENTRY * bool(flags & HAS_SHA256)
-            content = b"".join(self._content(xorb, start, end) for xorb, _, start, end in terms)
+            position += ENTRY * count * bool(flags & HAS_VERIFICATION)
+            sha256 = self.store.put(b"".join(self._content(xorb, start, end) for xorb, _, start, end in terms))
+            if flags & HAS_SHA256:
+                if hash_text(shard[position : position + 32]) != sha256:
+                    raise Refused(400, "the content has another sha256")
+                position += ENTRY
             self.files[file_hash] = terms
-            self.hashes[self.store.put(content)] = file_hash
+            self.hashes[sha256] = file_hash
+        kept = {"files": self.files, "hashes": self.hashes}
+        replace(self.store.folder / "xet.json", json.dumps(kept).encode())
 
     def _content(self, name: str, start: int, end: int) -> bytes:
         xorb = self._xorb(name)
@@ -126,10 +136,7 @@ class XetStore:
             position += size
         # One entry a xorb: clients do not accept entries that overlap.
         fetch = {xorb: [self._fetch(xorb, start, end)] for xorb, (start, end) in spans.items()}
-        return Response(
-            json.dumps({"offset_into_first_range": offset, "terms": wanted, "fetch_info": fetch}),
-            media_type="application/json",
-        )
+        return JSONResponse({"offset_into_first_range": offset, "terms": wanted, "fetch_info": fetch})
 
     def _fetch(self, xorb: str, start: int, end: int) -> dict[str, Any]:
         chunks = list(chunks_of(self._xorb(xorb)))
