@@ -12,7 +12,7 @@ from torch import nn
 
 import nc_hf.models.cifar_resnet  # noqa: F401  makes the CIFAR networks known to timm
 from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
-from nc_hf.models.saved_folder import local_folder, read_config
+from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config
 
 __all__ = [
     "FeatureTap",
@@ -66,6 +66,7 @@ def load_classifier(
     Raises:
         ValueError: for a name that is no model, a folder that does not pass the checks of `saved_folder`, or arguments
             that do not fit.
+        RuntimeError: for a folder of an architecture that timm does not know.
         FileNotFoundError: for a Hub id that cannot be read.
     """
     if label_names is not None:
@@ -78,10 +79,24 @@ def load_classifier(
         return _load_timm(name_or_path, num_labels, label_names, pretrained, image_size, model_args)
     folder = local_folder(name_or_path, revision)
     config = read_config(folder)
-    if "architecture" in config and config.get("model_args", {}) is not None:
-        return _load_timm(f"local-dir:{folder}", num_labels, label_names, True, image_size, model_args)
+    if is_timm_config(config):
+        if not timm.is_model(config["architecture"]):
+            name = config["architecture"]
+            raise RuntimeError(f"Unknown model {name!r} in {folder}. Import the package that has it, or upgrade timm.")
+        try:
+            return _load_timm(f"local-dir:{folder}", num_labels, label_names, True, image_size, model_args)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"timm does not open {folder} as {config['architecture']}: {error}") from error
     if image_size is not None:
         raise ValueError(f"`image_size` is for timm models; {folder} holds a model of transformers.")
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind is not None and str(kind) not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{folder} is of the type {kind!r}, which this transformers does not know, and code of a repository is "
+            "not run. Upgrade transformers, or register the model with its AutoConfig."
+        )
     return _load_transformers(folder, num_labels, label_names, head, model_args)
 
 
@@ -100,6 +115,8 @@ def _load_timm(
         source = model_args.pop("model_name")
     model = timm.create_model(source, pretrained=pretrained, **model_args)
     cfg = dict(model.pretrained_cfg)
+    if pretrained and model.num_classes != cfg["num_classes"]:  # timm has then let weights be missing
+        raise ValueError(f"{source} has {cfg['num_classes']} classes, and model arguments for {model.num_classes}.")
     if image_size is not None:
         cfg |= {"input_size": (cfg["input_size"][0], image_size, image_size), "test_input_size": None}
     if num_labels not in (None, model.num_classes):
@@ -150,10 +167,19 @@ def _load_transformers(
     )
     renewed = {entry[0] for entry in report["mismatched_keys"]} | set(report["missing_keys"])
     if renewed:
-        head_name, _ = find_head(model, head=head)
+        head_name, layer = find_head(model, head=head)
         if lost := sorted(name for name in renewed if not name.startswith(f"{head_name}.")):
             raise ValueError(f"{folder} lacks weights of its own architecture, for instance {', '.join(lost[:3])}.")
+        whole = renewed == set(report["missing_keys"]) and len(renewed) == len(layer.state_dict())
+        if num_labels is None or (num_labels == saved and not whole):
+            raise ValueError(
+                f"{folder} lacks the weights of a head for its {saved} classes: {', '.join(sorted(renewed))}. "
+                "Give `num_labels` to have one drawn anew."
+            )
         logger.info("the head of %s has %d outputs; one with %d is drawn anew", folder, saved, config.num_labels)
+    if hasattr(config, "nc_hf") and report["unexpected_keys"]:  # foreign folders may hold a pooler or a decoder
+        extra = ", ".join(sorted(report["unexpected_keys"])[:3])
+        raise ValueError(f"{folder} has weights that its architecture has no place for, for instance {extra}.")
     if hasattr(model, "timm_model"):  # saved by transformers' wrapper of timm
         model, names = model.timm_model, list(config.id2label.values())
         model.pretrained_cfg |= getattr(config, "pretrained_cfg", {}) | {"label_names": names}
