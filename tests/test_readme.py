@@ -17,9 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder of photographs (of digits) with one subfolder a class, and a trained model."""
-    from nc_hf import load_classifier, save_pretrained
-
+    """A folder of photographs (of digits) with one subfolder a class, the released models, and a photograph."""
     folder = tmp_path_factory.mktemp("readme")
     digits = load_digits(n_class=4)
     for k, count in enumerate((30, 20, 10, 5)):
@@ -27,9 +25,8 @@ def folder(tmp_path_factory) -> Path:
         for number, pixels in enumerate(digits.images[digits.target == k][:count]):
             image = Image.fromarray((pixels * 15).astype("uint8")).resize((64, 64))
             image.save(folder / "my_photos" / f"digit{k}" / f"{number}.png")
-    model, _ = load_classifier("resnet20_cifar", 10, image_size=16)
-    heads = {"base": model.fc.state_dict(), "crt": model.fc.state_dict()}
-    save_pretrained(model, folder / "out/digits_lt-nc_drw_crt/stage2", heads=heads, active_head="crt")
+    (folder / "model_cards").symlink_to(ROOT / "model_cards")
+    image.save(folder / "photo.jpg")
     return folder
 
 
