@@ -124,7 +124,8 @@ def angle_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Fi
     best, reachable = best_angle(len(next(iter(angles.values()))), next(iter(means.values())).shape[1])
     low, high = min(map(np.nanmin, angles.values())), max(best, *map(np.nanmax, angles.values()))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
+        width = WIDTH if len(angles) > 1 else 0.65 * WIDTH
+        figure = Figure(figsize=(width, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(angles)))
         for ax, (name, matrix) in zip(axes, angles.items(), strict=True):
             image = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
