@@ -161,6 +161,7 @@ def train_stage(
     stage: str, args: Any, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any
 ) -> tuple[Any, dict[str, float]]:
     """Train one stage, resumed where it was interrupted: its trainer, and what results.json says of the training."""
+    from nc_hf.checkpoints import newest_complete
     from nc_hf.collapse_callback import CollapseCallback
     from nc_hf.models.classifier import load_classifier
     from nc_hf.retraining import retrain_classifier
@@ -172,7 +173,7 @@ def train_stage(
     if "validation" in images:
         args.eval_strategy = args.logging_strategy
         shared |= {"eval_dataset": images["validation"], "compute_metrics": validation_metrics(recipe, images)}
-    started = time.perf_counter()
+    started, resumed = time.perf_counter(), newest_complete(args.output_dir) is not None
     if stage == "stage1":
         trainer = NCTrainer(model, args, train_dataset=images["train"], **shared)
         if every := recipe.evaluation.geometry_every:
@@ -182,7 +183,9 @@ def train_stage(
         if (run / "stage1").is_dir():
             model, _ = load_classifier(str(run / "stage1"))
         trainer = retrain_classifier(model, images["train"], args, resume_from_checkpoint=True, **shared)
-    return trainer, {"seconds": time.perf_counter() - started, **log.speed()}
+    # Of a run that was cut off, the time of the last call alone would say nothing.
+    wall = {} if resumed else {"seconds": time.perf_counter() - started}
+    return trainer, wall | log.speed()
 
 
 def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:
