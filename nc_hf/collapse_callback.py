@@ -19,8 +19,8 @@ class CollapseCallback(TrainerCallback):
         trainer.add_callback(CollapseCallback(trainer, every=10))
 
     The keys of `nc_hf.metrics.measure_geometry` are logged as they are, so they reach `report_to`. Each measurement
-    takes two passes over the data set without augmentation and without gradients, about two thirds of an epoch of
-    training; it changes no weight, no statistic and no random number of the run.
+    takes two passes over the data set without augmentation and without gradients; it changes no weight, no statistic
+    and no random number of the run.
 
     Args:
         trainer: whose classifier is measured; all its processes take part.

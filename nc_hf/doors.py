@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nc_hf.hub import load_pretrained
 from nc_hf.models.classifier import logits_of
+from nc_hf.models.saved_folder import is_timm_config
 
 TOLERANCE = 1e-6  # of logits on a CPU in float32; the same weights at another address differ in the last bit
 
@@ -22,7 +23,7 @@ TOLERANCE = 1e-6  # of logits on a CPU in float32; the same weights at another a
 def doors_of(folder: str | Path) -> list[str]:
     """Names of the doors that a saved folder has: `timm`, `transformers`, `pipeline`, `nc_hf`."""
     config = json.loads((Path(folder) / "config.json").read_text())
-    return [*(["timm"] if "architecture" in config else []), "transformers", "pipeline", "nc_hf"]
+    return [*(["timm"] if is_timm_config(config) else []), "transformers", "pipeline", "nc_hf"]
 
 
 def needs_nc_hf(folder: str | Path) -> bool:

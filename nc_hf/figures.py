@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -203,17 +202,6 @@ def collapse_figure(courses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
             ax.set_xlabel("epoch")
         _legend(axes[0, 0], lines[:: len(panels)], courses)
     return figure
-
-
-def read_collapse_records(path: str | Path, stage: str = "stage1") -> list[dict[str, Any]]:
-    """The records of `CollapseCallback` in a run's `log.jsonl`.
-
-    Args:
-        path: of the file.
-        stage: whose records.
-    """
-    records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [record for record in records if record["stage"] == stage and "nc4_agreement" in record]
 
 
 def _centered(means: Tensor, class_counts: Sequence[int], name: str) -> Tensor:

@@ -39,41 +39,40 @@ GEOMETRY = {
 }
 
 
-def write_card(folder: str | Path, source: str | None = None, **metadata: Any) -> Path:
+def write_card(folder: str | Path, repo_id: str | None = None, **metadata: Any) -> Path:
     """Write the README of a saved folder from its `results.json`; what a person wrote around our block stays.
 
     Args:
         folder: as `build_release` writes it.
-        source: Hub id or path that the examples name; the folder's when None.
+        repo_id: Hub id that the examples name; they name the folder when None.
         **metadata: entries of the card's metadata, such as `license` and `language`.
 
     Raises:
         ValueError: for a figure that is not finite.
     """
     folder = Path(folder)
-    source = source or (folder.name if folder.is_absolute() else folder.as_posix())
     readme = folder / "README.md"
-    readme.write_text(renewed_card(folder, source, metadata), encoding="utf-8")
+    readme.write_text(renewed_card(folder, repo_id, metadata), encoding="utf-8")
     return readme
 
 
-def renewed_card(folder: Path, source: str, metadata: Mapping[str, Any] | None = None) -> str:
+def renewed_card(folder: Path, repo_id: str | None, metadata: Mapping[str, Any] | None = None) -> str:
     """The README that a folder has, with our block and our metadata as its other files have them now.
 
     Args:
         folder: of a saved model.
-        source: Hub id or path that the examples name.
+        repo_id: as for `write_card`.
         metadata: further entries of the card's metadata.
     """
     readme = folder / "README.md"
     present = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     if not (folder / "results.json").is_file():
         return present
-    card = model_card(folder, source, metadata)
+    card = model_card(folder, repo_id, metadata)
     return merge_cards(card, present) if present else card
 
 
-def model_card(folder: str | Path, source: str, metadata: Mapping[str, Any] | None = None) -> str:
+def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping[str, Any] | None = None) -> str:
     """The README of a saved folder, all of it from the folder's own files. What is not known is left out.
 
     Read are `config.json`, `results.json`, and where they exist `recipe.yaml`, `figures/*.png`, `seeds/*.json`
@@ -82,13 +81,15 @@ def model_card(folder: str | Path, source: str, metadata: Mapping[str, Any] | No
 
     Args:
         folder: with the files above.
-        source: Hub id or path that the examples name.
+        repo_id: as for `write_card`.
         metadata: further entries of the card's metadata.
 
     Raises:
         ValueError: for a figure that is not finite.
     """
     folder = Path(folder)
+    # An absolute path says nothing to others.
+    source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
     config = json.loads((folder / "config.json").read_text())
     results = [_read(path) for path in (folder / "results.json", *sorted((folder / "seeds").glob("*.json")))]
     twin = _read(folder / "twin.json") if (folder / "twin.json").is_file() else None
@@ -100,7 +101,7 @@ def model_card(folder: str | Path, source: str, metadata: Mapping[str, Any] | No
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=escaped(source.split("/")[-1]),
         source=source,
-        timm_source=f"local-dir:{source}" if folder.as_posix().endswith(source) else f"hf-hub:{source}",
+        timm_source=f"hf-hub:{source}" if repo_id else f"local-dir:{source}",
         architecture=config.get("architecture") or config["architectures"][0],
         parameters=_parameters(folder),
         method=first.get("methods", {}).get(saved["active_head"]),
@@ -220,7 +221,8 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
 def _class_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     dataset, heads = results["dataset"], results.get("heads", {})
     names, counts = dataset["class_names"], dataset.get("class_counts")
-    if len(names) > MOST_ROWS or counts is None or not all("per_class_accuracy" in head for head in heads.values()):
+    measured = heads and all("per_class_accuracy" in metrics for metrics in heads.values())
+    if len(names) > MOST_ROWS or counts is None or not measured:
         return []
     order = sorted(range(len(names)), key=lambda k: -counts[k])
     return [
@@ -274,8 +276,6 @@ def _citations(results: Mapping[str, Any]) -> list[str]:
 def _check_finite(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} is {value}, so no card is made of it. Check that training did not diverge.")
-    items = (
-        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    )
-    for key, item in items:
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in entries:
         _check_finite(item, f"{where}.{key}")

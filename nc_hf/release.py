@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+from torch import Tensor
 
 from nc_hf.data.provenance import PROVENANCE
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
@@ -23,7 +24,7 @@ def build_release(
     run: str | Path,
     folder: str | Path | None = None,
     *,
-    source: str | None = None,
+    repo_id: str | None = None,
     twin: str | Path | None = None,
     seeds: Sequence[str | Path] = (),
     **metadata: Any,
@@ -34,8 +35,8 @@ def build_release(
 
     Args:
         run: with `results.json`, `recipe.yaml`, and `stage1` or `stage2`.
-        folder: to write; `release` in the run when None.
-        source: Hub id or path that the card's examples name; the folder's when None.
+        folder: to write, `release` in the run when None; of one that is there, only the README keeps what it had.
+        repo_id: Hub id that the card's examples name; they name the folder when None.
         twin: a run of the same settings without the collapse terms, for comparison.
         seeds: runs of the same recipe with other seeds.
         **metadata: entries of the card's metadata, such as `license`.
@@ -50,19 +51,21 @@ def build_release(
     results = read_results(run / "results.json")
     if stage is None or not results.get("heads"):
         raise FileNotFoundError(f"{run} has no results.json and saved stage. Let the run finish first.")
+    for old in ("twin.json", "seeds", "figures"):
+        shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(missing_ok=True)
     shutil.copytree(stage, folder, dirs_exist_ok=True)
     write_results(folder / "results.json", results)
     recipe = _without_paths(load_recipe(run / "recipe.yaml"))
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     if twin is not None:
         write_results(folder / "twin.json", read_results(Path(twin) / "results.json"))
-    (folder / "seeds").mkdir(exist_ok=True)
     for other in seeds:
+        (folder / "seeds").mkdir(exist_ok=True)
         others = read_results(Path(other) / "results.json")
         write_results(folder / "seeds" / f"seed{others['seed']}.json", others)
     _write_evaluation(folder, results)
-    draw_figures(folder, results, _class_means(run), None if twin is None else _class_means(Path(twin)))
-    write_card(folder, source, **metadata)
+    _draw_figures(folder, results, _class_means(run), None if twin is None else _class_means(Path(twin)))
+    write_card(folder, repo_id, **metadata)
     return folder
 
 
@@ -85,20 +88,16 @@ def _write_evaluation(folder: Path, results: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
-def draw_figures(folder: Path, results: dict[str, Any], means: Any, means_without_terms: Any = None) -> None:
-    """The pictures of the card, as far as the results go, in `folder/figures`.
-
-    Args:
-        folder: of the release.
-        results: of the run.
-        means: (K, P) class means of the training features after stage one.
-        means_without_terms: those of the twin run, where there is one.
-    """
+def _draw_figures(
+    folder: Path, results: dict[str, Any], means: Tensor | None, means_without_terms: Tensor | None
+) -> None:
+    """The pictures of the card, as far as the results go; class means (K, P) are those of training features."""
     dataset, twin = results["dataset"], read_results(folder / "twin.json")
     counts, figures = dataset["class_counts"], folder / "figures"
-    figures.mkdir(exist_ok=True)
+    figures.mkdir()
+    bounds = {name: dataset[name] for name in ("few_below", "many_above") if name in dataset}
     accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
-    save_figure(class_accuracy_figure(counts, accuracies, dataset["class_names"]), figures / "classes")
+    save_figure(class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds), figures / "classes")
     courses = {_method(results): results.get("geometry_course")}
     panels = {_method(results): means}
     if means_without_terms is not None:
@@ -115,7 +114,7 @@ def _method(results: dict[str, Any]) -> str:
     return results.get("methods", {}).get("base") or "features"
 
 
-def _class_means(run: Path) -> Any:
+def _class_means(run: Path) -> Tensor | None:
     """(K, P) of the backbone's features, which stage two leaves as they are."""
     stage = next(run / name for name in ("stage1", "stage2") if (run / name).is_dir())
     return load_heads(stage)[1].get("class_means")

@@ -48,14 +48,15 @@ def push_models(arguments: list[str]) -> None:
     folder, repo_id = options.pop("folder"), options.pop("repo_id")
     if options.pop("all"):
         folders = {path.parent.name: path.parent for path in sorted(MODEL_CARDS.glob("*/config.json"))}
+        if not folders:
+            parser.error(f"{MODEL_CARDS} has no model; `publish.py release` gathers one")
     elif folder and repo_id:
         folders = {repo_id: Path(folder)}
     else:
         parser.error("give a folder and user/name, or --all")
-    for name in folders:
-        check_access(name)  # all of them, before the first is pushed
+    folders = {check_access(name): path for name, path in folders.items()}  # all, before the first is pushed
     for name, path in folders.items():
-        print(push_folder(path, check_access(name), **options))
+        print(push_folder(path, name, **options))
 
 
 def gather_release(arguments: list[str]) -> None:

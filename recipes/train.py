@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
     if any(HEADS[stage] not in results.get("heads", {}) for stage in stages):
         model, processor, images = load_model_and_images(recipe, splits)
-        check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
+        if state.is_main_process:
+            check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
         results = results or start_results(recipe, images, digest)
         for stage, args in stages.items():
             if HEADS[stage] in results["heads"]:
@@ -84,7 +85,7 @@ def release(recipe: Any, run: Path) -> str | None:
     from nc_hf.release import build_release
 
     hub = recipe.hub
-    folder = build_release(run, source=hub.repo_id)
+    folder = build_release(run, repo_id=hub.repo_id)
     print(f"\nmodel and card: {folder}")
     if hub.repo_id:
         try:

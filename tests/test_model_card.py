@@ -110,6 +110,17 @@ def test_library_of_a_stock_network_is_timm(tmp_path):
     assert card.count("import nc_hf") == 1  # in our own door alone
 
 
+def test_a_folder_whose_path_ends_like_its_hub_id_is_named_as_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_classifier("test_resnet", 2)
+    folder = save_pretrained(model, Path("models/user/name"), label_names=["a", "b"])
+    dataset = {"class_names": ["a", "b"], "class_counts": [5, 1]}
+    write_results(folder / "results.json", {"dataset": dataset})
+    assert '"hf-hub:user/name"' in model_card(folder, "user/name")
+    local = model_card(folder)
+    assert '"local-dir:models/user/name"' in local and "By class" not in local
+
+
 def test_what_is_not_known_is_left_out(saved, tmp_path):
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -38,13 +38,12 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return write_recipe
 
 
-def refused(path: Path, message: str, line: int | None = None, overrides: tuple[str, ...] = ()) -> None:
-    """Loading must fail, naming the file, the line and what is wrong."""
+def refusal(path: Path) -> tuple[str, str]:
+    """The place (file and line) that a failing load names, and all that it says."""
     with pytest.raises(ValueError) as error:
-        load_recipe(path, overrides)
-    assert message in str(error.value)
-    if line is not None:
-        assert f"{path}:{line}: " in str(error.value)
+        load_recipe(path)
+    said = str(error.value)
+    return said.split(": ")[0], said
 
 
 # ---- Values ----
@@ -120,7 +119,10 @@ model:
     ],
 )
 def test_wrong_types_name_line_key_value_and_type(write: Callable, text: str, line: int, message: str) -> None:
-    refused(write(text), message, line)
+    path = write(text)
+    place, said = refusal(path)
+    assert place == f"{path}:{line}"
+    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,10 @@ def test_wrong_types_name_line_key_value_and_type(write: Callable, text: str, li
     ],
 )
 def test_unknown_and_repeated_keys(write: Callable, text: str, line: int, message: str) -> None:
-    refused(write(text), message, line)
+    path = write(text)
+    place, said = refusal(path)
+    assert place == f"{path}:{line}"
+    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -167,12 +172,15 @@ def test_unknown_and_repeated_keys(write: Callable, text: str, line: int, messag
     ],
 )
 def test_only_plain_data_is_read(write: Callable, text: str, line: int, message: str) -> None:
-    refused(write(text), message, line)
+    path = write(text)
+    place, said = refusal(path)
+    assert place == f"{path}:{line}"
+    assert message in said
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"name: \xff\xfe\x00")
-    refused(tmp_path / "recipe.yaml", "not valid YAML")
+    assert "not valid YAML" in refusal(tmp_path / "recipe.yaml")[1]
 
 
 def test_a_token_is_refused_and_never_echoed(write: Callable) -> None:
@@ -208,7 +216,7 @@ def test_empty_sections(write: Callable) -> None:
     recipe = load_recipe(write("model:\ndata: {}\nstage1: null\nstage2: {}\n"))
     assert (recipe.model, recipe.data, recipe.stage1) == (ModelConfig(), DataConfig(), None)
     assert recipe.stage2["sampler"] == "class_balanced"
-    refused(write("stage1: null\n"), "both `stage1` and `stage2` are null")
+    assert "both `stage1` and `stage2` are null" in refusal(write("stage1: null\n"))[1]
 
 
 def test_extends_merges_key_by_key(write: Callable) -> None:
@@ -228,8 +236,10 @@ def test_bad_extends(write: Callable) -> None:
     with pytest.raises(ValueError, match="leads back") as error:
         load_recipe(first)
     assert f"{second}:1: " in str(error.value)
-    refused(write("extends: recipe.yaml\n"), "leads back", 1)
-    refused(write("extends: [a.yaml, b.yaml]\n"), "one recipe", 1)
+    place, said = refusal(write("extends: recipe.yaml\n"))
+    assert place.endswith("recipe.yaml:1") and "leads back" in said
+    place, said = refusal(write("extends: [a.yaml, b.yaml]\n"))
+    assert place.endswith("recipe.yaml:1") and "one recipe" in said
     with pytest.raises(FileNotFoundError, match="recipe.yaml:2: there is no recipe"):
         load_recipe(write("\nextends: nowhere.yaml\n"))
     broken = write("stage1:\n  learning_rte: 1\n", "broken.yaml")

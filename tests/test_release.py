@@ -61,7 +61,7 @@ def test_a_release_has_all_that_a_visitor_wants(tmp_path):
     run = finished_run(tmp_path / "run")
     twin = finished_run(tmp_path / "twin", method="CE-DRW", accuracy=0.7)
     other = finished_run(tmp_path / "other", seed=1, accuracy=0.82)
-    folder = build_release(run, tmp_path / "release", source="me/model", twin=twin, seeds=[other], license="mit")
+    folder = build_release(run, tmp_path / "release", repo_id="me/model", twin=twin, seeds=[other], license="mit")
     assert check_doors(folder)
     assert set(load_heads(folder)[0]) == {"base", "crt"}
     assert {path.name for path in (folder / "figures").iterdir()} == {
@@ -76,6 +76,16 @@ def test_a_release_has_all_that_a_visitor_wants(tmp_path):
     entries = yaml.safe_load(evaluation.read_text())
     assert [entry["value"] for entry in entries] == [80.0, 80.0]
     assert {entry["dataset"]["id"] for entry in entries} == {"uoft-cs/cifar10"}
+
+
+def test_a_release_built_anew_forgets_twin_and_seeds(tmp_path):
+    run = finished_run(tmp_path / "run")
+    twin = finished_run(tmp_path / "twin", method="CE-DRW", accuracy=0.7)
+    folder = build_release(run, twin=twin, seeds=[finished_run(tmp_path / "other", seed=1)])
+    assert "CE-DRW" in (folder / "README.md").read_text()
+    build_release(run)
+    assert not (folder / "twin.json").exists() and not (folder / "seeds").exists()
+    assert "CE-DRW" not in (folder / "README.md").read_text()
 
 
 def test_a_release_can_be_built_again(tmp_path):

@@ -6,6 +6,7 @@ After a release is rebuilt, `python tests/test_released_models.py` records its l
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,8 @@ def test_the_folder_is_ready_for_the_hub(folder):
         assert f"figures/{picture.name}" in card
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
     for path in folder.rglob("*"):
-        if path.is_file():
-            assert not any(word in path.read_bytes() for word in (b"/tmp/", b"/home/", b"/root/", b"/work/")), path
+        if path.suffix in (".json", ".yaml", ".md"):
+            assert not re.search(r"""[\s"'(:]/\w+/""", path.read_text()), f"{path} names a folder of some machine"
 
 
 if __name__ == "__main__":

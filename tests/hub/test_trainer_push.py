@@ -133,11 +133,16 @@ def test_our_trainer_starts_from_a_repository_with_another_number_of_classes(rel
 
 def test_plain_trainer_starts_from_it_too(released, tmp_path, fresh_cache):
     model = AutoModelForImageClassification.from_pretrained(released, num_labels=4, ignore_mismatched_sizes=True)
+    before = {name: tensor.clone() for name, tensor in model.timm_model.state_dict().items()}
+    for name, tensor in load_pretrained(released)[0].state_dict().items():
+        assert torch.equal(before[name], tensor) or name.startswith("fc."), name
+    assert before["fc.weight"].shape[0] == 4
     args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     images = SmallImages()
     rows = [images.__getitems__([k]) for k in range(len(images))]
     rows = [{"pixel_values": row["pixel_values"][0], "labels": row["labels"][0]} for row in rows]
-    Trainer(model, args, train_dataset=rows).train()
+    assert Trainer(model, args, train_dataset=rows).train().training_loss > 0
+    assert not torch.equal(model.timm_model.fc.weight, before["fc.weight"])
 
 
 def test_a_recipe_pushes_what_it_trained(hub, user, tmp_path):
