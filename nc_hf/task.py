@@ -35,7 +35,7 @@ class ClassificationTask(nn.Module):
         collapse: the two feature terms, or None.
         class_weights: (K,) weight of each class in the supervised loss while `weighting_active`.
         freeze_backbone: train the head alone, with the backbone in eval mode through every `train()` call.
-        mixup_rule: labels of a mixed feature in the collapse terms, `"weighted"` (both) or `"first"`.
+        mixup_rule: labels of a mixed feature in the collapse terms, `"weighted"` (both), `"dominant"` or `"first"`.
         within_counts: (K,) the n_k of L_W; those of the update when None.
     """
 
@@ -158,6 +158,8 @@ class ClassificationTask(nn.Module):
         update_counts: Tensor,
         update_batches: int,
     ) -> dict[str, Tensor]:
+        if partners is not None and self.mixup_rule == "dominant":
+            labels = torch.where(torch.as_tensor(mixing, device=labels.device) >= 0.5, labels, partners)
         terms = self.collapse(
             features,
             labels,

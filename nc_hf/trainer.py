@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Trainer
 
 from nc_hf.labels import counts_of, labels_of
 from nc_hf.metrics.geometry import class_means
-from nc_hf.mixup import mix_batch
+from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
-from nc_hf.rebalancing import EpochSampler, mix_seeds
 from nc_hf.run_log import RunLog, nonfinite_error
+from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
 from nc_hf.schedule import describe_schedule, epoch_scheduler, hold_constant, move_to_own_group
 from nc_hf.task import ClassificationTask, build_task
@@ -120,8 +120,14 @@ class NCTrainer(SavingTrainer):
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
             batch["update_counts"], batch["update_batches"] = counts, len(batches)
-            if alpha := self.args.mixup_alpha:
-                mix_batch(self.accelerator, batch, alpha, mix_seeds(self.args.seed, self.state.global_step, number))
+            if self.args.mixes_images:
+                mix_batch(
+                    self.accelerator,
+                    batch,
+                    mixup_alpha=self.args.mixup_alpha,
+                    cutmix_alpha=self.args.cutmix_alpha,
+                    seed=mix_seeds(self.args.seed, self.state.global_step, number),
+                )
         return batches, None
 
     def _enter_epoch(self) -> None:
@@ -201,7 +207,11 @@ class NCTrainer(SavingTrainer):
             return super()._get_train_sampler(dataset)
         with_draws = getattr(dataset, "accepts_draws", False)
         return EpochSampler(
-            labels, self.args.sampler, seed=self.args.data_seed or self.args.seed, with_draws=with_draws
+            labels,
+            self.args.sampler,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            num_epochs=self.args.num_train_epochs if self.args.max_steps <= 0 else None,
+            with_draws=with_draws,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -13,7 +13,9 @@ from transformers.trainer_utils import HubStrategy
 
 from nc_hf.losses.classification import SUPERVISED_LOSSES
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
-from nc_hf.rebalancing import ClassWeighting, SamplerName
+from nc_hf.rebalancing import ClassWeighting
+from nc_hf.sampling import NAMES as SAMPLERS
+from nc_hf.sampling import SamplerName
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +99,18 @@ class NCTrainingArguments(TrainingArguments):
     )
     sampler: SamplerName = field(
         default="instance",
-        metadata={"help": "Draw of training images: instance, class_balanced, square_root, effective_number."},
+        metadata={"help": f"Draw of training images: {', '.join(SAMPLERS)}."},
     )
     mixup_alpha: float = field(default=0.0, metadata={"help": "mixup with lambda ~ Beta(alpha, alpha); 0 is off."})
-    mixup_rule: Literal["weighted", "first"] = field(
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={"help": "CutMix with lambda ~ Beta(alpha, alpha); 0 is off. With mixup: either, by chance."},
+    )
+    mixup_rule: Literal["weighted", "dominant", "first"] = field(
         default="weighted",
         metadata={
-            "help": "Labels of a mixed feature in the collapse terms: both, weighted by lambda, "
-            "or the first alone, as the authors' code."
+            "help": "Labels of a mixed feature in the collapse terms: both, weighted by lambda; the one of the larger "
+            "share; or the first alone, as the authors' code."
         },
     )
 
@@ -154,7 +160,15 @@ class NCTrainingArguments(TrainingArguments):
             self._warn_about_late_epochs()
 
     def _check(self) -> None:
-        for name in ("within_weight", "between_weight", "start_epoch", "mixup_alpha", "warmup_epochs", "momentum"):
+        for name in (
+            "within_weight",
+            "between_weight",
+            "start_epoch",
+            "mixup_alpha",
+            "cutmix_alpha",
+            "warmup_epochs",
+            "momentum",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
@@ -220,6 +234,11 @@ class NCTrainingArguments(TrainingArguments):
                 )
 
     @property
+    def mixes_images(self) -> bool:
+        """Whether training images are mixed with partners."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+    @property
     def collapse_enabled(self) -> bool:
         """Whether either collapse term has a weight."""
         return self.within_weight > 0 or self.between_weight > 0
@@ -261,8 +280,8 @@ class RetrainingArguments(NCTrainingArguments):
             )
         if self.cached_views < 1:
             raise ValueError(f"`cached_views` must be at least 1, got {self.cached_views}.")
-        if self.features == "cached" and self.mixup_alpha:
-            raise ValueError("`features: cached` cannot mix images; set mixup_alpha to 0 or features to images.")
+        if self.features == "cached" and self.mixes_images:
+            raise ValueError("`features: cached` cannot mix images: leave mixup_alpha and cutmix_alpha at 0.")
         super().__post_init__()
 
 

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from torch.utils.data import DataLoader
 
 from nc_hf.data import images as images_module
-from nc_hf.data.augment import ImageTransform, _scramble, draw_mixup, draw_uniform, mix, seeded
+from nc_hf.data.augment import ImageTransform, _scramble, cutout, draw_uniform, seeded
 from nc_hf.data.images import ResidentImages, StreamedImages, load_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -131,7 +131,7 @@ def test_batches_are_ready_for_the_model(path: str) -> None:
     assert images.collate(batch) is batch
 
 
-@pytest.mark.parametrize("augmentation", ["crop_flip", "resized_crop", "rand_augment"])
+@pytest.mark.parametrize("augmentation", ["crop_flip", "auto_augment", "resized_crop", "rand_augment"])
 def test_augmentation_is_a_function_of_seed_draw_and_index(augmentation: str) -> None:
     dataset = random_images(6, ((40, 48),))
     images = StreamedImages(dataset, transform(augmentation), seed=1)
@@ -148,7 +148,7 @@ def test_augmentation_is_a_function_of_seed_draw_and_index(augmentation: str) ->
     assert torch.equal(other.__getitems__([2, 5])["pixel_values"], images.__getitems__([2, 5])["pixel_values"])
 
 
-@pytest.mark.parametrize("augmentation", ["crop_flip", "rand_augment"])
+@pytest.mark.parametrize("augmentation", ["crop_flip", "auto_augment", "rand_augment"])
 def test_global_generators_are_left_alone(augmentation: str) -> None:
     def states() -> tuple:
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -157,7 +157,6 @@ def test_global_generators_are_left_alone(augmentation: str) -> None:
     before = states()
     images = StreamedImages(dataset, transform(augmentation))
     images.__getitems__([(0, 1), 2, (3, 5)])
-    draw_mixup(8, 0.2, 3)
     assert states() == before
     with pytest.raises(RuntimeError), seeded(0):
         random.random()
@@ -269,16 +268,14 @@ def test_resident_refuses_what_it_cannot_do() -> None:
         load_images(random_images(2), transform(), on_bad_image="ignore")
 
 
-def test_mixup_draws_follow_beta() -> None:
-    mixing = np.array([draw_mixup(4, 0.2, seed)[0] for seed in range(4000)])
-    assert abs(mixing.mean() - 0.5) < 0.03
-    assert abs(mixing.var() - 1 / (4 * (2 * 0.2 + 1))) < 0.01  # variance of Beta(a, a)
-    (first, partners), (again, same), (other, _) = (draw_mixup(64, 1.0, seed) for seed in (5, 5, 6))
-    assert first == again != other and torch.equal(partners, same)
-    assert sorted(partners.tolist()) == list(range(64)) and partners.dtype == torch.int64
-
-
-def test_mix_is_the_weighted_sum() -> None:
-    a, b = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    torch.testing.assert_close(mix(a, b, 0.3), 0.3 * a + 0.7 * b)
-    assert torch.equal(mix(a, b, 1.0), a) and torch.equal(mix(a, b, 0.0), b)
+def test_cutout_paints_one_square_black() -> None:
+    white = PIL.Image.new("RGB", (32, 32), (255, 255, 255))
+    areas = set()
+    for seed in range(200):
+        with seeded(seed):
+            black = np.asarray(cutout(white)).sum(axis=2) == 0
+        rows, columns = np.flatnonzero(black.any(axis=1)), np.flatnonzero(black.any(axis=0))
+        assert black.sum() == len(rows) * len(columns)
+        assert rows[-1] - rows[0] + 1 == len(rows) <= 16 and columns[-1] - columns[0] + 1 == len(columns) <= 16
+        areas.add(int(black.sum()))
+    assert max(areas) == 16 * 16 and min(areas) <= 9 * 9  # whole in the middle, a quarter in a corner

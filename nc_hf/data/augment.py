@@ -1,4 +1,4 @@
-"""Image transforms as functions of (seed, draw, index), for whole batches and for single images; mixup."""
+"""Image transforms as functions of (seed, draw, index), for whole batches and for single images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torchvision.transforms import v2
 
-Augmentation = Literal["none", "crop", "crop_flip", "resized_crop", "rand_augment"]
+Augmentation = Literal["none", "crop", "crop_flip", "auto_augment", "resized_crop", "rand_augment"]
 
 BATCHED = ("none", "crop", "crop_flip")
 RAND_AUGMENT = "rand-n2-m10-mstd0.5"
@@ -33,6 +33,7 @@ class ImageTransform:
 
     * `"none"`: nothing; `"crop"`: a random crop after padding by an eighth (4 pixels of 32) with black; `"crop_flip"`:
       that and a horizontal flip, the augmentation of CIFAR;
+    * `"auto_augment"`: that, the AutoAugment policy of CIFAR-10 (Cubuk et al. 2019) and Cutout of half the side;
 
     or, from the image in its own size:
 
@@ -61,7 +62,7 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         """Check the name of the augmentation."""
-        known = (*BATCHED, "resized_crop", "rand_augment")
+        known = Augmentation.__args__
         if self.augmentation not in known:
             raise ValueError(f"`augmentation` must be one of {', '.join(known)}, got {self.augmentation!r}.")
 
@@ -101,7 +102,9 @@ class ImageTransform:
         return padded.view(-1, 3).index_select(0, torch.from_numpy(flat.ravel())).view(images.shape)
 
     def augment_one(self, image: PIL.Image.Image, seed: int, draw: int, index: int) -> Tensor:
-        """Augment one decoded RGB image from its own size, for what is not batched: (H, W, 3) uint8."""
+        """Augment one decoded RGB image, for what is not batched: (H, W, 3) uint8."""
+        if self.augmentation == "auto_augment":
+            image = PIL.Image.fromarray(self.to_size(image).numpy())
         number = draw_uniform(seed, np.array([draw]), np.array([index]), 1)[0, 0]
         with seeded(int(number * 2**32)):
             return torch.from_numpy(np.array(self._training(image)))
@@ -115,6 +118,11 @@ class ImageTransform:
 
     @cached_property
     def _training(self) -> v2.Transform:
+        if self.augmentation == "auto_augment":
+            padding = [self.size[1] // 8, self.size[0] // 8]
+            crop = v2.RandomCrop(self.size, padding=padding)
+            policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+            return v2.Compose([crop, v2.RandomHorizontalFlip(), policy, cutout])
         interpolation = v2.InterpolationMode(self.interpolation)
         steps: list[Any] = [
             v2.RandomResizedCrop(self.size, interpolation=interpolation),
@@ -132,6 +140,16 @@ class ImageTransform:
             rand_augment_transform(RAND_AUGMENT, settings),
         ]
         return v2.Compose(steps)
+
+
+def cutout(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Paint a square of half the image's side black, cut off at the border (DeVries and Taylor 2017)."""
+    half = min(image.size) // 4
+    center = [int(torch.randint(length, ())) for length in image.size]
+    box = [max(center[0] - half, 0), max(center[1] - half, 0), center[0] + half, center[1] + half]
+    image = image.copy()
+    image.paste((0, 0, 0), (*box[:2], min(box[2], image.width), min(box[3], image.height)))
+    return image
 
 
 def draw_uniform(seed: int, draws: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
@@ -167,14 +185,3 @@ def seeded(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def draw_mixup(batch_size: int, alpha: float, seed: int) -> tuple[float, Tensor]:
-    """One lambda ~ Beta(alpha, alpha) and a permutation of partners (batch_size,), functions of the seed alone."""
-    generator = np.random.default_rng(seed)
-    return float(generator.beta(alpha, alpha)), torch.from_numpy(generator.permutation(batch_size))
-
-
-def mix(pixel_values: Tensor, partner_values: Tensor, lam: float) -> Tensor:
-    """lam * pixel_values + (1 - lam) * partner_values."""
-    return torch.lerp(partner_values, pixel_values, lam)
