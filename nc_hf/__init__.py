@@ -19,7 +19,7 @@ _HOMES = {
     "NCTrainer": "trainer",
     "NCTrainingArguments": "training_args",
     "NeuralCollapseLoss": "losses.collapse",
-    "RetrainingArguments": "training_args",
+    "RetrainingArguments": "retraining_args",
     "build_release": "release",
     "between_class_loss": "losses.collapse",
     "class_counts": "data.long_tail",

@@ -18,7 +18,8 @@ from nc_hf.data.augment import Augmentation
 from nc_hf.data.images import InputPath
 from nc_hf.data.long_tail import Profile
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
-from nc_hf.training_args import NCTrainingArguments, RetrainingArguments
+from nc_hf.retraining_args import RetrainingArguments
+from nc_hf.training_args import NCTrainingArguments
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -1,23 +1,89 @@
-"""Stage two: classifier re-training (cRT, Kang et al. 2020) on a frozen backbone."""
+"""Stage two: new heads on a frozen backbone, trained (cRT, LWS) or computed from its features."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
-from transformers import IntervalStrategy, set_seed
+from transformers import set_seed
 
+from nc_hf.cached_features import train_on_cached_features
+from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, nearest_class_mean, tau_normalized
 from nc_hf.models.classifier import find_head, freeze_backbone, reset_head
+from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
+from nc_hf.schedule import move_to_own_group
 from nc_hf.trainer import NCTrainer
-from nc_hf.training_args import RetrainingArguments
 
 logger = logging.getLogger(__name__)
+
+TAUS = [round(0.1 * step, 1) for step in range(21)]  # the grid of Kang et al. 2020
+
+
+class HeadTrainer(NCTrainer):
+    """An `NCTrainer` of a head alone: what is special about its parameters.
+
+    With `learns_scales` each class's logit gets a learned factor (LWS), and the weights learn at a share of the
+    learning rate; with `max_norm_threshold` rows are projected after each update (Alshammari et al. 2022).
+    """
+
+    def __init__(self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any):
+        self._hook, (_, layer) = None, find_head(model, head=kwargs.get("head"))
+        if learns_scales:
+            layer.scale = nn.Parameter(torch.ones(len(layer.weight), device=layer.weight.device))
+            self._hook = layer.register_forward_hook(_multiply_by_scale)
+            layer.weight.requires_grad_(args.lws_weight_factor > 0)
+            if layer.bias is not None:
+                layer.bias.requires_grad_(args.lws_weight_factor > 0)
+        super().__init__(model, args, freeze_backbone=True, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in `NCTrainer`, with the weights of LWS in groups of their own, and MaxNorm after each step."""
+        fresh, layer = self.optimizer is None, self.task.head
+        optimizer = super().create_optimizer(model)
+        factor = self.args.lws_weight_factor
+        if fresh and self._hook is not None and factor > 0:
+            for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
+                settings = {"lr": factor * self.args.learning_rate, "weight_decay": self.args.weight_decay}
+                move_to_own_group(optimizer, parameter, **settings)
+        if fresh and self.args.max_norm_threshold is not None:
+            radius = max_norm_radius(layer.weight.detach(), self.args.max_norm_threshold)
+            optimizer.register_step_post_hook(lambda *_: project_rows(layer.weight, radius))
+        return optimizer
+
+    def finish_head(self) -> None:
+        """Fold the learned factors into weight and bias, so that the head is a plain one again."""
+        if self._hook is None:
+            return
+        layer = self.task.head
+        self._hook.remove()
+        with torch.no_grad():
+            layer.weight.mul_(layer.scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+            if layer.bias is not None:
+                layer.bias.mul_(layer.scale)
+        del layer.scale
+
+
+def _multiply_by_scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * layer.scale.view(-1, *[1] * (output.ndim - 2))
+
+
+def max_norm_radius(weight: Tensor, threshold: float) -> float:
+    """Smallest norm of the rows of `weight` (K, P), plus `threshold` times their range (Alshammari et al. 2022)."""
+    norms = weight.flatten(1).norm(dim=1)
+    return (norms.min() + threshold * (norms.max() - norms.min())).item()
+
+
+@torch.no_grad()
+def project_rows(weight: Tensor, radius: float) -> None:
+    """Shorten the rows of `weight` (K, P) whose norm is above `radius` to that norm, in place."""
+    rows = weight.flatten(1)
+    shrink = (radius / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+    weight.copy_((rows * shrink).view_as(weight))
 
 
 def retrain_classifier(
@@ -28,114 +94,132 @@ def retrain_classifier(
     head: str | None = None,
     resume_from_checkpoint: str | bool | None = None,
     **kwargs: Any,
-) -> NCTrainer:
-    """Train a new head of a classifier with classes drawn alike; the backbone stays as it is, bit for bit.
+) -> HeadTrainer:
+    """Give a trained classifier the new heads of `args.heads`; the backbone stays as it is, bit for bit.
 
-    The backbone is in eval mode throughout, so the running statistics of its norms do not move. With
-    `features="images"` every draw is augmented afresh; `"cached"` computes features once over several augmented views.
+    The backbone is in eval mode throughout, so the running statistics of its norms do not move, unless
+    `backbone_statistics` is `"shifted"`. With `features="images"` every draw is augmented afresh; `"cached"` computes
+    features once over several augmented views. Computed heads look at the training images without augmentation.
 
     Args:
-        model: a trained classifier of timm or transformers, changed in place.
+        model: a trained classifier of timm or transformers, changed in place; its head becomes the first of `heads`.
         train_dataset: as for `NCTrainer`.
         args: `RetrainingArguments`.
         head: module path of the last layer, for a model whose head is not found.
         resume_from_checkpoint: as for `NCTrainer.train`.
-        **kwargs: further arguments of `NCTrainer`.
+        **kwargs: further arguments of `NCTrainer`; on `eval_dataset`, if given, a free tau is chosen.
 
     Returns:
-        A trainer that holds the model: `.classifier`, `.evaluate()`, `.save_model(folder)`.
+        A trainer that holds the model: `.classifier`, `.evaluate()`, `.save_model(folder)`; and `.heads`, the state
+        dict of each new head by name.
 
     Raises:
         ValueError: as `NCTrainer`.
         RuntimeError: should the backbone have changed.
     """
-    head_name, head_module = find_head(model, head=head)
-    if args.head_init == "new":
-        set_seed(args.seed)
-        reset_head(model, head_name)
-    freeze_backbone(model, head_name)
-    backbone = {name: t.detach().cpu().clone() for name, t in model.state_dict().items() if not _in(name, head_name)}
-    trainer = NCTrainer(model, args, train_dataset=train_dataset, head=head_name, freeze_backbone=True, **kwargs)
-    logger.info("stage two trains %s alone; %d backbone tensors are frozen in eval mode", head_name, len(backbone))
-    if args.features == "images":
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    else:
-        _train_on_cached_features(trainer, head_module, args, resume_from_checkpoint)
-    state = model.state_dict()
-    changed = [name for name, before in backbone.items() if not torch.equal(before, state[name].cpu())]
+    head_name, layer = find_head(model, head=head)
+    base = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+    frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
+    kwargs |= {"train_dataset": train_dataset, "head": head_name}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for name in [name for name in args.heads if name in TRAINED_HEADS]:
+        layer.load_state_dict(base)
+        trainer = _train_head(model, layer, name, args, resume_from_checkpoint, kwargs)
+        heads[name] = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
+    layer.load_state_dict(base)
+    if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
+        if not heads:
+            trainer = HeadTrainer(model, args, **kwargs)
+        heads |= {
+            name: _state_of(linear, layer) for name, linear in _computed_heads(trainer, layer, computed, args).items()
+        }
+    trainer.heads = {name: heads[name] for name in args.heads}
+    layer.load_state_dict(trainer.heads[args.heads[0]])
+    changed = [name for name, now in _backbone(model, head_name, args).items() if not torch.equal(frozen[name], now)]
     if changed:
         raise RuntimeError(f"the frozen backbone changed in stage two: {', '.join(changed[:5])}.")
     return trainer
 
 
-def _in(name: str, module: str) -> bool:
-    return name.startswith(f"{module}.")
+def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> dict[str, Tensor]:
+    """What stage two must leave as it is."""
+    may_move = ("running_mean", "running_var", "num_batches_tracked") if args.backbone_statistics == "shifted" else ()
+    return {
+        name: tensor.detach().cpu()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{head_name}.") and not name.endswith(may_move or ("\0",))
+    }
 
 
-class _CachedFeatures(Dataset):
-    """Features of several augmented views of each image; each draw takes the next view."""
+def _train_head(
+    model: nn.Module,
+    layer: nn.Module,
+    name: str,
+    args: RetrainingArguments,
+    resume_from_checkpoint: str | bool | None,
+    kwargs: dict[str, Any],
+) -> HeadTrainer:
+    if len(args.heads) > 1:
+        args = copy.copy(args)
+        args.output_dir = str(Path(args.output_dir) / name)
+    freeze_backbone(model, kwargs["head"])
+    if name == "crt" and args.head_init == "new":
+        set_seed(args.seed)
+        reset_head(model, kwargs["head"])
+    learns_scales = name == "lws"
+    images_only = args.features == "images"
+    trainer = HeadTrainer(model, args, learns_scales=learns_scales and images_only, **kwargs)
+    logger.info("stage two trains the head %s (%s) alone", name, kwargs["head"])
+    if images_only:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        trainer.finish_head()
+    else:
 
-    accepts_draws = True
+        def make(*parts: Any, **settings: Any) -> HeadTrainer:
+            return HeadTrainer(*parts, learns_scales=learns_scales, **settings)
 
-    def __init__(self, features: Tensor, labels: np.ndarray, class_counts: np.ndarray) -> None:
-        self.features, self.labels, self.class_counts = features, labels, class_counts  # features (V, N, P)
-
-    def __len__(self) -> int:
-        return self.features.shape[1]
-
-    def __getitems__(self, draws: list[tuple[int, int]]) -> dict[str, Tensor]:
-        index, draw = torch.tensor(draws).T
-        features = self.features[draw % len(self.features), index]
-        return {"pixel_values": features, "labels": torch.as_tensor(self.labels)[index]}
-
-    @staticmethod
-    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return batch
-
-
-class _HeadOnly(nn.Module):
-    """A linear head as a classifier of its own, with features where images usually are."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        weight = head.weight.detach().flatten(1)
-        self.head = nn.Linear(weight.shape[1], weight.shape[0], bias=head.bias is not None)
-        self.head.load_state_dict({**head.state_dict(), "weight": weight})
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.head(pixel_values)
+        train_on_cached_features(trainer, make, layer, args, resume_from_checkpoint)
+    return trainer
 
 
-class _AugmentedView(Dataset):
-    """One augmented view of every image, in order."""
+def _computed_heads(
+    trainer: HeadTrainer, layer: nn.Module, names: list[str], args: RetrainingArguments
+) -> dict[str, LinearHead]:
+    """Heads in closed form from class means, class counts and stage one's head, in float64."""
+    dataset, validation = trainer.train_dataset, trainer.eval_dataset
+    means, counts = trainer.class_means(dataset)
+    means, counts = means.cpu(), counts.cpu()
+    weight = layer.weight.detach().flatten(1).double().cpu()
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().cpu()
+    base = LinearHead(weight, bias)
+    by_tau = {
+        "tau_norm": lambda tau: tau_normalized(weight, tau),
+        "logit_adjusted": lambda tau: logit_adjusted(base, trainer.class_counts, tau),
+    }
+    heads = {}
+    for name in names:
+        if name == "ncm":
+            heads[name] = nearest_class_mean(means, counts)
+        elif name == "least_squares":
+            batches = ((features.cpu(), labels.cpu()) for features, _, labels in trainer.iterate_features(dataset))
+            heads[name] = least_squares(batches, means, counts, ridge=1e-6)
+        elif args.tau is None and validation is not None:
+            parts = [(features.cpu(), labels.cpu()) for features, _, labels in trainer.iterate_features(validation)]
+            features, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            tau, heads[name] = choose(TAUS, by_tau[name], features, labels, len(weight))
+            logger.info("%s: tau %s chosen on %d validation images", name, tau, len(labels))
+        else:
+            heads[name] = by_tau[name](1.0 if args.tau is None else args.tau)
+    return heads
 
-    def __init__(self, dataset: Dataset, view: int) -> None:
-        self.dataset, self.offset = dataset, view * len(dataset)
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return self.dataset.__getitems__([(index, self.offset + index) for index in indices])
-
-
-def _train_on_cached_features(
-    trainer: NCTrainer, head: nn.Module, args: RetrainingArguments, resume_from_checkpoint: str | bool | None
-) -> None:
-    dataset, views = trainer.train_dataset, []
-    for view in tqdm(range(args.cached_views), desc="features", disable=args.disable_tqdm):
-        images = _AugmentedView(dataset, view) if getattr(dataset, "accepts_draws", False) else dataset
-        batches = [(features.cpu(), labels.cpu()) for features, _, labels in trainer.iterate_features(images)]
-        views.append(torch.cat([features for features, _ in batches]))
-        labels = torch.cat([labels for _, labels in batches]).numpy()
-    alone = _HeadOnly(head).to(args.device)
-    cached = _CachedFeatures(torch.stack(views), labels, np.bincount(labels, minlength=trainer.task.num_classes))
-    head_args = copy.copy(args)
-    head_args.eval_strategy = IntervalStrategy.NO  # the head alone cannot take images
-    head_trainer = NCTrainer(alone, head_args, train_dataset=cached, head="head", callbacks=trainer.user_callbacks)
-    head_trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            parameter.copy_(alone.head.get_parameter(name).view_as(parameter))
-    if args.eval_strategy != IntervalStrategy.NO:
-        trainer.evaluate()
+def _state_of(linear: LinearHead, layer: nn.Module) -> dict[str, Tensor]:
+    """A computed head in the form of the model's layer."""
+    state = {"weight": linear.weight.to(layer.weight).view_as(layer.weight)}
+    if layer.bias is not None:
+        state["bias"] = linear.bias.to(layer.bias)
+    elif linear.bias.abs().max() > 0:
+        raise ValueError(
+            "this head needs a bias, which the model's last layer does not have. Leave it out of `heads`."
+        )
+    return state

@@ -93,6 +93,8 @@ class SavingTrainer(Trainer):
             return
         task = self.task
         centers = task.collapse.centers if task.collapse is not None and task.collapse.mode != "batch" else None
+        if centers is not None:
+            extra.setdefault("centers", centers.detach())
         save_pretrained(
             task.classifier,
             folder,
@@ -100,7 +102,6 @@ class SavingTrainer(Trainer):
             image_processor=self.processing_class,
             heads=extra.pop("heads", {}) | {head_name: task.head.state_dict()},
             active_head=head_name,
-            centers=None if centers is None else centers.detach(),
             class_counts=self.class_counts,
             **extra,
         )

@@ -35,6 +35,7 @@ class ClassificationTask(nn.Module):
         collapse: the two feature terms, or None.
         class_weights: (K,) weight of each class in the supervised loss while `weighting_active`.
         freeze_backbone: train the head alone, with the backbone in eval mode through every `train()` call.
+        moving_statistics: let the batch norms of a frozen backbone follow the images (MiSLAS's shifted BatchNorm).
         mixup_rule: labels of a mixed feature in the collapse terms, `"weighted"` (both), `"dominant"` or `"first"`.
         within_counts: (K,) the n_k of L_W; those of the update when None.
     """
@@ -53,6 +54,7 @@ class ClassificationTask(nn.Module):
         collapse: NeuralCollapseLoss | None = None,
         class_weights: Tensor | None = None,
         freeze_backbone: bool = False,
+        moving_statistics: bool = False,
         mixup_rule: str = "weighted",
         within_counts: Tensor | None = None,
     ) -> None:
@@ -64,7 +66,7 @@ class ClassificationTask(nn.Module):
         counts = None if within_counts is None else torch.as_tensor(within_counts).float()
         self.register_buffer("within_counts", counts, persistent=False)
         self.register_buffer("centers_ready", torch.tensor(False))
-        self.freeze_backbone = freeze_backbone
+        self.freeze_backbone, self.moving_statistics = freeze_backbone, moving_statistics
         self.collapse_active = self.weighting_active = False
         self.tap, self._tap_is_checked = FeatureTap(model, head_name), False
 
@@ -84,6 +86,10 @@ class ClassificationTask(nn.Module):
         if self.freeze_backbone:
             self.classifier.eval()
             self.head.train(mode)
+            if self.moving_statistics:
+                for module in self.classifier.modules():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.train(mode)
         return self
 
     def check_tap_once(self, pixel_values: Tensor) -> None:
@@ -251,6 +257,7 @@ def build_task(
         collapse=collapse,
         class_weights=weights,
         freeze_backbone=freeze_backbone,
+        moving_statistics=getattr(args, "backbone_statistics", None) == "shifted",
         mixup_rule=args.mixup_rule,
         within_counts=within_counts,
     )

@@ -1,4 +1,4 @@
-"""Arguments of stage one (`NCTrainingArguments`) and of classifier re-training (`RetrainingArguments`)."""
+"""Arguments of stage one: `NCTrainingArguments`."""
 
 from __future__ import annotations
 
@@ -242,47 +242,6 @@ class NCTrainingArguments(TrainingArguments):
     def collapse_enabled(self) -> bool:
         """Whether either collapse term has a weight."""
         return self.within_weight > 0 or self.between_weight > 0
-
-
-@dataclass
-class RetrainingArguments(NCTrainingArguments):
-    """Settings of stage two, classifier re-training (cRT): a new head on a frozen backbone, classes drawn alike.
-
-    Defaults: those of methods that made cRT work on CIFAR-LT (10 epochs, learning rate 0.1 with a cosine to 0, weight
-    decay 5e-4, head drawn from N(0, 0.01), backbone in eval mode). No collapse terms, weights or mixup.
-    """
-
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of re-training."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
-    optim: str = field(default="sgd", metadata={"help": "Optimizer."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the head."})
-    decay_all_parameters: bool = field(default=True, metadata={"help": "Weight decay on the bias too."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off."})
-    lr_cosine: bool = field(default=True, metadata={"help": "Cosine to 0 over the epochs."})
-    sampler: SamplerName = field(default="class_balanced", metadata={"help": "Draw of training images."})
-    within_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
-    between_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
-    head_init: Literal["new", "keep"] = field(
-        default="new", metadata={"help": "new: drawn from N(0, 0.01) with zero bias; keep: stage one's head."}
-    )
-    features: Literal["images", "cached"] = field(
-        default="images",
-        metadata={"help": "images: fresh augmentation each draw; cached: features computed once over several views."},
-    )
-    cached_views: int = field(default=4, metadata={"help": "Augmented views of each image (features: cached)."})
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot act on a frozen backbone."""
-        if self.within_weight or self.between_weight:
-            raise ValueError(
-                f"stage two trains the head alone, where the collapse terms have no gradient: got within_weight="
-                f"{self.within_weight}, between_weight={self.between_weight}. Leave both at 0."
-            )
-        if self.cached_views < 1:
-            raise ValueError(f"`cached_views` must be at least 1, got {self.cached_views}.")
-        if self.features == "cached" and self.mixes_images:
-            raise ValueError("`features: cached` cannot mix images: leave mixup_alpha and cutmix_alpha at 0.")
-        super().__post_init__()
 
 
 def _fast_precision(device: torch.device) -> Precision:

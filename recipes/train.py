@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 # Python puts this folder first, where evaluate.py would stand in for the library `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
-HEADS = {"stage1": "base", "stage2": "crt"}
+STAGES = ("stage1", "stage2")
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
             raise SystemExit(str(error)) from None
 
     run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
-    stages = {stage: stage_arguments(stage, recipe, run) for stage in HEADS if getattr(recipe, stage) is not None}
+    stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
     for stage, args in stages.items():
         getattr(recipe, stage)["precision"] = args.precision  # what `auto` means on this machine
     splits = read_splits(recipe)
@@ -57,13 +57,14 @@ def main(arguments: list[str]) -> None:
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    if any(HEADS[stage] not in results.get("heads", {}) for stage in stages):
+    heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
+    if any(name not in results.get("heads", {}) for names in heads.values() for name in names):
         model, processor, images = load_model_and_images(recipe, splits)
         if state.is_main_process:
             check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
-        results = results or start_results(recipe, images, digest)
+        results = results or start_results(recipe, images, digest, sum(heads.values(), []))
         for stage, args in stages.items():
-            if HEADS[stage] in results["heads"]:
+            if all(name in results["heads"] for name in heads[stage]):
                 continue
             trainer, results["training"][stage] = train_stage(stage, args, recipe, run, images, model, processor)
             report_stage(stage, trainer, recipe, run, images, results)
@@ -118,7 +119,12 @@ def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str,
     return model, processor, image_sets(recipe, splits, image_settings(model, processor))
 
 
-def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str, Any]:
+def heads_of(stage: str, args: Any) -> list[str]:
+    """Names of the heads that a stage leaves; the model carries the first."""
+    return ["base"] if stage == "stage1" else list(args.heads)
+
+
+def start_results(recipe: Any, images: dict[str, Any], digest: str, heads: list[str]) -> dict[str, Any]:
     """What results.json says before any stage is done."""
     from nc_hf.paper_results import method_name
     from nc_hf.results import environment
@@ -133,7 +139,7 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str,
         "model": recipe.model.name,
         "dataset": dataset | {"class_names": train.class_names, "class_counts": train.class_counts.tolist()},
         "skipped_images": {name: split.skipped for name, split in images.items() if split.skipped},
-        "methods": {HEADS[stage]: method_name(recipe, HEADS[stage]) for stage in HEADS if getattr(recipe, stage)},
+        "methods": {head: method_name(recipe, head) for head in heads},
         "heads": {},
         "geometry": {},
         "training": {},
@@ -143,7 +149,8 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str) -> dict[str,
 
 def stage_arguments(stage: str, recipe: Any, run: Path) -> Any:
     """The arguments of a stage, built and so checked before any data are read."""
-    from nc_hf.training_args import NCTrainingArguments, RetrainingArguments
+    from nc_hf.retraining_args import RetrainingArguments
+    from nc_hf.training_args import NCTrainingArguments
 
     settings = {
         "output_dir": str(run / "checkpoints" / stage),
@@ -204,27 +211,36 @@ def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:
 def report_stage(
     stage: str, trainer: Any, recipe: Any, run: Path, images: dict[str, Any], results: dict[str, Any]
 ) -> None:
-    """Measure a stage's classifier, once on the test split, and save it."""
+    """Measure a stage's classifier with each of its heads, once on the test split, and save it."""
     from nc_hf.evaluation import evaluate_classifier, geometry_of
     from nc_hf.hub import load_heads
 
-    head, train, evaluation = HEADS[stage], images["train"], recipe.evaluation
+    train, evaluation = images["train"], recipe.evaluation
     split = "test" if "test" in images else "validation"
     results["split"] = split
-    results["heads"][head] = evaluate_classifier(
-        trainer, images[split], train.class_counts, few_below=evaluation.few_below, many_above=evaluation.many_above
-    )
+    heads = {"base": trainer.task.head.state_dict()} if stage == "stage1" else trainer.heads
+    means = {name: trainer.class_means(images[name]) for name in ("train", split)}
+    for head in reversed(heads):  # the first one stays in the model
+        trainer.task.head.load_state_dict(heads[head])
+        results["heads"][head] = evaluate_classifier(
+            trainer,
+            images[split],
+            train.class_counts,
+            few_below=evaluation.few_below,
+            many_above=evaluation.many_above,
+        )
+        if evaluation.geometry:
+            results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
     if stage == "stage1":
         results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
-    means = {name: trainer.class_means(images[name]) for name in ("train", split)}
-    if evaluation.geometry:
-        results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
+    before, tensors = load_heads(run / "stage1") if stage == "stage2" else ({}, {})
     trainer.export(
         str(run / stage),
         head_name=head,
-        heads=load_heads(run / "stage1")[0] if stage == "stage2" else {},
+        heads=before | heads,
         class_means=means["train"][0].float(),
         metadata={"stage": stage, "recipe_digest": results["recipe_digest"], "seed": recipe.seed},
+        **{name: tensors[name] for name in ("centers",) if name in tensors},
     )
 
 

@@ -21,7 +21,8 @@ from nc_hf.recipe import (
     recipe_digest,
 )
 from nc_hf.recipe_file import read_entries
-from nc_hf.training_args import NCTrainingArguments, RetrainingArguments
+from nc_hf.retraining_args import RetrainingArguments
+from nc_hf.training_args import NCTrainingArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(ROOT.glob("recipes/*_lt/*.yaml"))

@@ -9,9 +9,10 @@ import torch
 from small_images import SmallImages
 from transformers import TrainerCallback
 
+from nc_hf.heads import LinearHead, scaled
 from nc_hf.models.classifier import load_classifier
-from nc_hf.retraining import retrain_classifier
-from nc_hf.training_args import RetrainingArguments
+from nc_hf.retraining import max_norm_radius, project_rows, retrain_classifier
+from nc_hf.retraining_args import RetrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +108,103 @@ def test_a_validation_split_is_evaluated_whatever_the_features(trained, images, 
     assert "eval_loss" in trainer.state.log_history[-1] or "eval_loss" in trainer.state.log_history[-2]
 
 
+@pytest.mark.parametrize("features", ["images", "cached"])
+def test_lws_learns_a_factor_of_each_class_alone(trained, images, tmp_path, features):
+    model = copy.deepcopy(trained)
+    trainer = retrain_classifier(model, images, arguments(tmp_path, heads=["lws"], features=features))
+    factors = model.fc.weight / trained.fc.weight
+    assert not torch.allclose(factors[:, 0], torch.ones(4), atol=1e-3)
+    torch.testing.assert_close(factors, factors[:, :1].expand_as(factors), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.fc.bias, trained.fc.bias * factors[:, 0], rtol=1e-4, atol=1e-6)
+    assert set(model.fc.state_dict()) == {"weight", "bias"} == set(trainer.heads["lws"])
+
+
+def test_a_factor_scales_the_logit_with_its_bias_as_the_authors(golden):
+    for case in golden("lws"):
+        logits, factors = (torch.tensor(case["inputs"][name], dtype=torch.float64) for name in ("logits", "f"))
+        head = scaled(LinearHead(torch.eye(logits.shape[1], dtype=torch.float64), torch.zeros(1)), factors.flatten())
+        torch.testing.assert_close(head.logits(logits), torch.tensor(case["outputs"]["scaled"], dtype=torch.float64))
+
+
+def test_with_a_share_of_the_learning_rate_lws_moves_the_weights_too(trained, images, tmp_path):
+    model = copy.deepcopy(trained)
+    settings = {"heads": ["lws"], "lws_weight_factor": 0.5, "learning_rate": 0.1}
+    trainer = retrain_classifier(model, images, arguments(tmp_path, **settings))
+    factors = model.fc.weight / trained.fc.weight
+    assert not torch.allclose(factors, factors[:, :1].expand_as(factors), rtol=1e-3)
+    initial = [group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]]
+    assert sorted(initial) == [0.05, 0.05, 0.1]
+
+
+def test_max_norm_equals_the_authors(golden):
+    for case in golden("maxnorm_pgd"):
+        before, after = (
+            torch.tensor(case["inputs"][f"W_{name}"], dtype=torch.float64) for name in ("at_setup", "after_step")
+        )
+        radius = max_norm_radius(before, case["settings"]["thresh"])
+        assert radius == pytest.approx(case["outputs"]["radius"], rel=1e-9)
+        project_rows(after, radius)
+        torch.testing.assert_close(after, torch.tensor(case["outputs"]["W_projected"], dtype=torch.float64))
+
+
+def test_max_norm_holds_after_training(trained, images, tmp_path):
+    model = copy.deepcopy(trained)
+    settings = {"head_init": "keep", "max_norm_threshold": 0.1, "learning_rate": 1.0}
+    retrain_classifier(model, images, arguments(tmp_path, **settings))
+    assert model.fc.weight.norm(dim=1).max() <= max_norm_radius(trained.fc.weight.detach(), 0.1) * (1 + 1e-5)
+
+
+def test_several_heads_from_one_backbone(trained, images, tmp_path):
+    model, names = copy.deepcopy(trained), ["ncm", "lws", "crt", "tau_norm", "least_squares", "logit_adjusted"]
+    trainer = retrain_classifier(model, images, arguments(tmp_path, heads=names, tau=0.5))
+    assert list(trainer.heads) == names
+    assert torch.equal(model.fc.weight, trainer.heads["ncm"]["weight"])
+    alone = copy.deepcopy(trained)
+    retrain_classifier(alone, images, arguments(tmp_path / "alone", heads=["crt"]))
+    assert torch.equal(alone.fc.weight, trainer.heads["crt"]["weight"])  # whatever was trained before it
+    means, counts = trainer.class_means(images)
+    torch.testing.assert_close(trainer.heads["ncm"]["weight"], means.float())
+    norms = trained.fc.weight.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(trainer.heads["tau_norm"]["weight"], trained.fc.weight.detach() / norms.detach() ** 0.5)
+    shift = trainer.heads["logit_adjusted"]["bias"] - trained.fc.bias.detach()
+    torch.testing.assert_close(shift, -0.5 * (counts / counts.sum()).log().float())
+
+
+def test_tau_is_chosen_on_the_validation_split(trained, images, tmp_path):
+    model, validation = copy.deepcopy(trained), SmallImages(counts=(30, 30, 30, 30), seed=1)
+    trainer = retrain_classifier(model, images, arguments(tmp_path, heads=["logit_adjusted"]), eval_dataset=validation)
+
+    def class_mean_accuracy() -> float:
+        right = torch.cat([(z.argmax(1) == y).float() for _, z, y in trainer.iterate_features(validation)])
+        return right.view(4, 30).mean().item()
+
+    best = class_mean_accuracy()
+    prior = torch.tensor(images.class_counts / images.class_counts.sum())
+    for tau in (0.0, 0.5, 1.0, 2.0):
+        model.fc.bias.data = (trained.fc.bias.detach() - tau * prior.log()).float()
+        assert class_mean_accuracy() <= best
+
+
+def test_shifted_statistics_follow_the_draws_and_nothing_else_moves(trained, images, tmp_path):
+    model = copy.deepcopy(trained)
+    retrain_classifier(model, images, arguments(tmp_path, backbone_statistics="shifted"))
+    moved = {
+        name for name, tensor in trained.state_dict().items() if not torch.equal(model.state_dict()[name], tensor)
+    }
+    assert "bn1.running_mean" in moved
+    assert all(name.startswith("fc.") or ".running_" in name or name.endswith("num_batches_tracked") for name in moved)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"within_weight": 0.1}, "the collapse terms have no gradient"),
         ({"cached_views": 0}, "`cached_views` must be at least 1, got 0"),
         ({"features": "cached", "mixup_alpha": 0.2}, "cannot mix images"),
+        ({"features": "cached", "backbone_statistics": "shifted"}, "set features: images"),
+        ({"heads": ["crt", "knn"]}, r"`heads` must be some of crt, lws, .* got \['crt', 'knn'\]"),
+        ({"heads": []}, "`heads` must be some of"),
+        ({"max_norm_threshold": -1.0}, "`max_norm_threshold` must be at least 0, got -1.0"),
     ],
 )
 def test_settings_that_cannot_act_are_refused(tmp_path, settings, message):

@@ -1,0 +1,92 @@
+"""Arguments of stage two: `RetrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nc_hf.sampling import SamplerName
+from nc_hf.training_args import NCTrainingArguments
+
+HeadName = Literal["crt", "lws", "tau_norm", "ncm", "least_squares", "logit_adjusted"]
+TRAINED_HEADS = ("crt", "lws")  # the others are computed
+
+
+@dataclass
+class RetrainingArguments(NCTrainingArguments):
+    """Settings of stage two: new heads on a frozen backbone, classes drawn alike.
+
+    Defaults: those of methods that made cRT work on CIFAR-LT (10 epochs, learning rate 0.1 with a cosine to 0, weight
+    decay 5e-4, head drawn from N(0, 0.01), backbone in eval mode). No collapse terms, weights or mixup.
+
+    Of `heads`, `crt` (a new linear layer) and `lws` (a factor for each class on stage one's logits) are trained, both
+    Kang et al. 2020; `tau_norm` and `ncm` (same source), `least_squares` (the paper's Proposition 1) and
+    `logit_adjusted` (Menon et al. 2021) are computed. Stage two of MiSLAS (Zhong et al. 2021) is `lws` with
+    `lws_weight_factor`, `loss: label_aware_smoothing` and `backbone_statistics: shifted`; weight balancing
+    (Alshammari et al. 2022) is `crt` with `head_init: keep`, a large `weight_decay` and `max_norm_threshold`.
+    """
+
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of re-training."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
+    optim: str = field(default="sgd", metadata={"help": "Optimizer."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the head."})
+    decay_all_parameters: bool = field(default=True, metadata={"help": "Weight decay on the bias too."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off."})
+    lr_cosine: bool = field(default=True, metadata={"help": "Cosine to 0 over the epochs."})
+    sampler: SamplerName = field(default="class_balanced", metadata={"help": "Draw of training images."})
+    within_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
+    between_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
+    heads: list[HeadName] = field(
+        default_factory=lambda: ["crt"],
+        metadata={"help": "New heads; all are saved by name, and the model gets the first."},
+    )
+    head_init: Literal["new", "keep"] = field(
+        default="new",
+        metadata={"help": "Start of crt: new: drawn from N(0, 0.01), zero bias; keep: stage one's head."},
+    )
+    lws_weight_factor: float = field(
+        default=0.0,
+        metadata={"help": "lws: learning rate of the weights as a share (0 freezes them; MiSLAS 0.05 to 0.5)."},
+    )
+    max_norm_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Keep the norms of the head's rows below min + threshold * range (MaxNorm; 0.1)."},
+    )
+    tau: float | None = field(
+        default=None,
+        metadata={"help": "Of tau_norm and logit_adjusted; None: chosen on the validation split, 1 without one."},
+    )
+    backbone_statistics: Literal["frozen", "shifted"] = field(
+        default="frozen",
+        metadata={"help": "Running statistics of batch norms; shifted: they follow the balanced draws."},
+    )
+    features: Literal["images", "cached"] = field(
+        default="images",
+        metadata={"help": "images: fresh augmentation each draw; cached: features computed once over several views."},
+    )
+    cached_views: int = field(default=4, metadata={"help": "Augmented views of each image (features: cached)."})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot act on a frozen backbone."""
+        if self.within_weight or self.between_weight:
+            raise ValueError(
+                f"stage two trains the head alone, where the collapse terms have no gradient: got within_weight="
+                f"{self.within_weight}, between_weight={self.between_weight}. Leave both at 0."
+            )
+        self._check_heads()
+        if self.cached_views < 1:
+            raise ValueError(f"`cached_views` must be at least 1, got {self.cached_views}.")
+        if self.features == "cached" and self.mixes_images:
+            raise ValueError("`features: cached` cannot mix images: leave mixup_alpha and cutmix_alpha at 0.")
+        if self.features == "cached" and self.backbone_statistics == "shifted":
+            raise ValueError("`features: cached` cannot move the backbone's statistics: set features: images.")
+        super().__post_init__()
+
+    def _check_heads(self) -> None:
+        unknown = [name for name in self.heads if name not in HeadName.__args__]
+        if unknown or not self.heads or len(set(self.heads)) < len(self.heads):
+            raise ValueError(f"`heads` must be some of {', '.join(HeadName.__args__)}, each once, got {self.heads}.")
+        for name in ("lws_weight_factor", "max_norm_threshold"):
+            if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"`{name}` must be at least 0, got {value}.")
