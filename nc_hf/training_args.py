@@ -71,7 +71,10 @@ class NCTrainingArguments(TrainingArguments):
         default="mean", metadata={"help": "L_B: mean (Eq. 15), min (Eq. 14, worst pair) or gram."}
     )
     within_reduction: Reduction = field(
-        default="mean", metadata={"help": "L_W: mean over classes (the authors' code) or sum (Eq. 13 as printed)."}
+        default="mean",
+        metadata={
+            "help": "L_W: mean over classes (the authors' code), sum (Eq. 13 as printed), images (center loss)."
+        },
     )
     feature_scale: FeatureScale = field(
         default="rms",

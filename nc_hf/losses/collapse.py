@@ -25,7 +25,7 @@ from nc_hf.losses.nearest_angle import NearestAngles, gram_norm
 
 CenterMode = Literal["learned", "batch", "ema"]
 BetweenObjective = Literal["mean", "min", "gram"]
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "images"]
 FeatureScale = Literal["none", "rms"]
 
 
@@ -44,7 +44,8 @@ def within_class_loss(
         labels: (B,) integers in [0, K).
         centers: (K, P).
         reduction: `"mean"` divides by K, as the authors' code does and as the paper's weights assume; `"sum"` is
-            Eq. 13 as printed.
+            Eq. 13 as printed; `"images"` is center loss (Wen et al. 2016), in which every image counts alike and so
+            frequent classes dominate.
         class_counts: (K,) the n_k to divide by; the counts in this batch when None. Pass the training-set counts for
             the paper's "inverse class size", or the counts of a whole update when the batch is a part of it.
 
@@ -52,12 +53,14 @@ def within_class_loss(
         A scalar. Absent classes add nothing; an empty batch gives a zero that is connected to the graph.
 
     Raises:
-        ValueError: if `reduction` is not one of the two.
+        ValueError: if `reduction` is not one of the three.
     """
-    _check_choice("reduction", reduction, ("mean", "sum"))
+    _check_choice("reduction", reduction, Reduction.__args__)
     features, centers = _at_least_float32(features), _at_least_float32(centers)
     counts = torch.bincount(labels, minlength=len(centers)) if class_counts is None else class_counts
     squared_distances = (features - centers[labels]).square().sum(dim=1)
+    if reduction == "images":
+        return squared_distances.sum() / counts.sum().clamp(min=1)
     total = (squared_distances / counts[labels]).sum()
     return total / len(centers) if reduction == "mean" else total
 
@@ -65,15 +68,12 @@ def within_class_loss(
 def center_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     """Center loss (Wen et al. 2016) in the scale of the authors' code: the mean squared distance to the class center.
 
-    Unlike L_W every image counts alike, so frequent classes dominate.
-
     Args:
         features: (B, P).
         labels: (B,) integers in [0, K).
         centers: (K, P).
     """
-    features, centers = _at_least_float32(features), _at_least_float32(centers)
-    return (features - centers[labels]).square().sum(dim=1).mean()
+    return within_class_loss(features, labels, centers, reduction="images")
 
 
 def between_class_loss(
@@ -163,7 +163,7 @@ class NeuralCollapseLoss(nn.Module):
         super().__init__()
         _check_choice("centers", centers, ("learned", "batch", "ema"))
         _check_choice("between_objective", between_objective, ("mean", "min", "gram"))
-        _check_choice("within_reduction", within_reduction, ("mean", "sum"))
+        _check_choice("within_reduction", within_reduction, Reduction.__args__)
         _check_choice("feature_scale", feature_scale, ("none", "rms"))
         for name, value in (("within_weight", within_weight), ("between_weight", between_weight)):
             if not value >= 0:
