@@ -1,7 +1,7 @@
 """Neural collapse for long-tailed image classification with timm and Hugging Face.
 
-Importing this makes the CIFAR ResNets known to timm. Everything else is imported when it is first used, since
-`transformers.Trainer`, `datasets` and `evaluate` take seconds to import.
+Importing this makes our architectures known to timm: CIFAR ResNets, RIDE, BBN, and cosine and ETF heads. Everything
+else is imported when it is first used, since `transformers.Trainer`, `datasets` and `evaluate` take seconds to import.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import nc_hf.models.cifar_resnet  # noqa: F401
+import nc_hf.models.bilateral
+import nc_hf.models.cifar_resnet
+import nc_hf.models.experts
+import nc_hf.models.headed  # noqa: F401
 
 __version__ = "0.1.0"
 

@@ -15,6 +15,7 @@ from nc_hf.labels import counts_of
 from nc_hf.metrics.calibration import expected_calibration_error
 from nc_hf.metrics.geometry import measure_geometry
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, long_tail_accuracy
+from nc_hf.models.normalized_heads import equivalent_linear
 from nc_hf.trainer import NCTrainer
 
 
@@ -59,12 +60,12 @@ def geometry_of(trainer: NCTrainer, dataset: Dataset, means_and_counts: tuple[Te
         dataset: the training images, or the test images.
         means_and_counts: `trainer.class_means(dataset)`.
     """
-    head = trainer.task.head
-    weight, bias = head.weight.detach().flatten(1).cpu(), head.bias
+    weight, bias = equivalent_linear(trainer.task.head)
 
     def batches() -> Any:
         for features, _, labels in trainer.iterate_features(dataset):
             yield features.cpu(), labels.cpu()
 
-    bias = None if bias is None else bias.detach().cpu()
-    return measure_geometry(batches, weight, bias, trainer.task.num_classes, means_and_counts=means_and_counts)
+    return measure_geometry(
+        batches, weight.cpu(), bias.cpu(), trainer.task.num_classes, means_and_counts=means_and_counts
+    )

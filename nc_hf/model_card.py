@@ -22,7 +22,15 @@ from nc_hf.paper_results import paper_accuracy
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 MOST_ROWS = 20  # of classes in a table; more are in results.json
-HEADS = {"base": "stage one", "crt": "stage two, re-trained head"}
+HEADS = {
+    "base": "stage one",
+    "crt": "stage two, re-trained head",
+    "lws": "stage two, learned scales",
+    "tau_norm": "stage one's head, weights normalized",
+    "logit_adjusted": "stage one's head, adjusted by the prior",
+    "ncm": "nearest class mean",
+    "least_squares": "least squares on class-balanced features",
+}
 ACCURACIES = {"accuracy": "all", "accuracy_many": "many", "accuracy_medium": "medium", "accuracy_few": "few"}
 PICTURES = {
     "classes": "Training images per class, and accuracy per class on the test images.",

@@ -18,6 +18,7 @@ from nc_hf.data.augment import Augmentation
 from nc_hf.data.images import InputPath
 from nc_hf.data.long_tail import Profile
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
+from nc_hf.models.normalized_heads import HeadKind
 from nc_hf.retraining_args import RetrainingArguments
 from nc_hf.training_args import NCTrainingArguments
 
@@ -31,6 +32,8 @@ class ModelConfig:
     name: str = "resnet32_cifar"
     pretrained: bool = False
     head: str | None = None
+    head_type: HeadKind = "linear"
+    head_settings: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     image_size: Positive | None = None
     model_args: dict[str, Any] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from transformers import set_seed
 from nc_hf.cached_features import train_on_cached_features
 from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, nearest_class_mean, tau_normalized
 from nc_hf.models.classifier import find_head, freeze_backbone, reset_head
+from nc_hf.models.headed import replace_head
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
 from nc_hf.schedule import move_to_own_group
 from nc_hf.trainer import NCTrainer
@@ -118,6 +119,8 @@ def retrain_classifier(
         RuntimeError: should the backbone have changed.
     """
     head_name, layer = find_head(model, head=head)
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        layer = _linear_in_its_place(model, layer, args)
     base = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
     kwargs |= {"train_dataset": train_dataset, "head": head_name}
@@ -139,6 +142,18 @@ def retrain_classifier(
     if changed:
         raise RuntimeError(f"the frozen backbone changed in stage two: {', '.join(changed[:5])}.")
     return trainer
+
+
+def _linear_in_its_place(model: nn.Module, layer: nn.Module, args: RetrainingArguments) -> nn.Module:
+    """A linear head for a backbone that was trained with a cosine or ETF head."""
+    reused = [name for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
+    if reused or ("crt" in args.heads and args.head_init == "keep"):
+        what = f"heads: {reused}" if reused else "head_init: keep"
+        raise ValueError(
+            f"`{what}` goes on from a linear head, and stage one's is a {type(layer).__name__}. "
+            "Use crt with head_init: new, ncm or least_squares."
+        )
+    return replace_head(model, "linear")
 
 
 def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> dict[str, Tensor]:

@@ -13,8 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("loss", "loss_supervised", "loss_within", "loss_between", "learning_rate")
-
 
 class RunLog(TrainerCallback):
     """Appends every record of a `Trainer` to a JSON-lines file and logs one line an epoch.
@@ -81,7 +79,8 @@ class RunLog(TrainerCallback):
 
     def _write_line(self, state: TrainerState) -> None:
         if "loss" in self.record and state.is_world_process_zero:
-            parts = [f"{name.removeprefix('loss_')} {self.record[name]:.4g}" for name in SHOWN if name in self.record]
+            shown = ["loss", *sorted(name for name in self.record if name.startswith("loss_")), "learning_rate"]
+            parts = [f"{name.removeprefix('loss_')} {self.record[name]:.4g}" for name in shown if name in self.record]
             parts += [
                 f"validation {name.removeprefix('eval_')} {value:.3f}"
                 for name, value in self.record.items()

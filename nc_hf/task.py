@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
 
-from nc_hf.losses.classification import SUPERVISED_LOSSES, cross_entropy
+from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
-from nc_hf.models.classifier import FeatureTap, check_tap, feature_dim, find_head, logits_of
-from nc_hf.rebalancing import class_weights
-from nc_hf.training_args import NCTrainingArguments
+from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
 
 
 class ClassificationTask(nn.Module):
     """A classifier, the class centers and the class weights; `forward` returns the loss.
 
     Everything a loss learns lives in here, so data parallel wrappers average it, checkpoints keep it and resume
-    restores it. What changes while training is plain state of this module: `collapse_active`, `weighting_active`.
+    restores it. What changes while training is plain state of this module: `collapse_active`, `weighting_active`,
+    `progress`.
 
     In training the loss is this batch's share of the update's loss: sums over its images are divided by counts of the
     whole update (all accumulated batches of all processes), so that summing over the accumulated batches and
@@ -31,7 +25,7 @@ class ClassificationTask(nn.Module):
         model: an image classifier, of timm or of transformers; kept as it is.
         head_name: module path of its last layer.
         num_classes: K.
-        supervised: loss of each image from logits (B, K) and labels (B,).
+        supervised: the supervised loss; cross entropy when None.
         collapse: the two feature terms, or None.
         class_weights: (K,) weight of each class in the supervised loss while `weighting_active`.
         freeze_backbone: train the head alone, with the backbone in eval mode through every `train()` call.
@@ -50,7 +44,7 @@ class ClassificationTask(nn.Module):
         head_name: str,
         num_classes: int,
         *,
-        supervised: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        supervised: SupervisedLoss | None = None,
         collapse: NeuralCollapseLoss | None = None,
         class_weights: Tensor | None = None,
         freeze_backbone: bool = False,
@@ -60,12 +54,14 @@ class ClassificationTask(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.head_name, self.num_classes = model, head_name, num_classes
-        self.collapse, self.supervised, self.mixup_rule = collapse, supervised, mixup_rule
+        self.collapse, self.mixup_rule = collapse, mixup_rule
+        self.supervised = SupervisedLoss("ce") if supervised is None else supervised
         weights = torch.ones(num_classes) if class_weights is None else torch.as_tensor(class_weights)
         self.register_buffer("class_weights", weights.float(), persistent=False)
         counts = None if within_counts is None else torch.as_tensor(within_counts).float()
         self.register_buffer("within_counts", counts, persistent=False)
         self.register_buffer("centers_ready", torch.tensor(False))
+        self.register_buffer("progress", torch.tensor(0.0), persistent=False)  # finished epochs / all epochs
         self.freeze_backbone, self.moving_statistics = freeze_backbone, moving_statistics
         self.collapse_active = self.weighting_active = False
         self.tap, self._tap_is_checked = FeatureTap(model, head_name), False
@@ -110,6 +106,15 @@ class ClassificationTask(nn.Module):
         logits = logits_of(self.classifier(pixel_values))
         return self.tap.read(), logits
 
+    def collapse_features_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `features_and_logits`, with the features that the collapse terms see."""
+        return self.features_and_logits(pixel_values)
+
+    @staticmethod
+    def counted_labels(labels: Tensor) -> Tensor:
+        """The labels of a batch whose counts make `update_counts`."""
+        return labels
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -150,10 +155,11 @@ class ClassificationTask(nn.Module):
         # mixup permutes the images of the update, so first and second labels have the same counts.
         weights = self.class_weights if self.weighting_active else torch.ones_like(self.class_weights)
         total = (weights * update_counts).sum()
-        loss = (weights[labels] * self.supervised(logits, labels)).sum() / total
+        loss = (weights[labels] * self.supervised(logits, labels, update_counts)).sum() / total
         if partners is None:
             return loss
-        return mixing * loss + (1 - mixing) * (weights[partners] * self.supervised(logits, partners)).sum() / total
+        partners_loss = (weights[partners] * self.supervised(logits, partners, update_counts)).sum() / total
+        return mixing * loss + (1 - mixing) * partners_loss
 
     def _collapse_terms(
         self,
@@ -193,71 +199,3 @@ class ClassificationTask(nn.Module):
             raise ValueError(
                 f"{type(self.classifier).__name__} cannot recompute activations; leave activation_checkpointing off."
             )
-
-
-def build_task(
-    model: nn.Module,
-    args: NCTrainingArguments,
-    class_counts: np.ndarray | None = None,
-    *,
-    head: str | None = None,
-    freeze_backbone: bool = False,
-) -> ClassificationTask:
-    """The task that the arguments describe, around a classifier.
-
-    Args:
-        model: an image classifier, of timm or of transformers.
-        args: of the run; `args.seed` seeds the centers.
-        class_counts: (K,) training images per class, where known.
-        head: module path of the last layer, for a model whose head is not found.
-        freeze_backbone: train the head alone.
-
-    Raises:
-        ValueError: when the head does not fit the classes, or settings need counts that are not known.
-    """
-    set_seed(args.seed)
-    head_name, head_module = find_head(model, head=head)
-    num_classes = head_module.weight.shape[0]
-    if class_counts is not None and len(class_counts) != num_classes:
-        raise ValueError(
-            f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes."
-            f" Load the model with num_labels={len(class_counts)}."
-        )
-    if class_counts is None and (args.class_weighting != "none" or args.within_counts == "train"):
-        raise ValueError(
-            "`class_weighting` and `within_counts: train` need the number of training images per class, which the "
-            "training set does not tell. Pass class_counts=[...] to NCTrainer."
-        )
-    collapse = weights = within_counts = None
-    if args.collapse_enabled and not freeze_backbone:
-        collapse = NeuralCollapseLoss(
-            num_classes,
-            feature_dim(head_module),
-            args.within_weight,
-            args.between_weight,
-            args.centers,
-            between_objective=args.between_objective,
-            within_reduction=args.within_reduction,
-            feature_scale=args.feature_scale,
-            momentum=args.centers_momentum,
-            class_counts=class_counts,
-        )
-    if args.class_weighting != "none":
-        weights = class_weights(class_counts, args.class_weighting, beta=args.effective_number_beta)
-    if args.within_counts == "train":
-        # A sum over the images of all processes, whose gradients are then averaged.
-        within_counts = class_counts / args.world_size
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return ClassificationTask(
-        model,
-        head_name,
-        num_classes,
-        supervised=partial(SUPERVISED_LOSSES[args.loss], label_smoothing=args.label_smoothing_factor),
-        collapse=collapse,
-        class_weights=weights,
-        freeze_backbone=freeze_backbone,
-        moving_statistics=getattr(args, "backbone_statistics", None) == "shifted",
-        mixup_rule=args.mixup_rule,
-        within_counts=within_counts,
-    )

@@ -20,11 +20,12 @@ from nc_hf.labels import counts_of, labels_of
 from nc_hf.metrics.geometry import class_means
 from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
+from nc_hf.objectives import build_task
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
 from nc_hf.schedule import describe_schedule, epoch_scheduler, hold_constant, move_to_own_group
-from nc_hf.task import ClassificationTask, build_task
+from nc_hf.task import ClassificationTask
 from nc_hf.training_args import NCTrainingArguments, resolve_epoch
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class NCTrainer(SavingTrainer):
                     f"`labels` must be one integer an image, got {tuple(labels.shape)} of {labels.dtype}. To mix "
                     "images, set mixup_alpha instead of mixing in the data set."
                 )
+            labels = self.task.counted_labels(labels)
             counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
@@ -134,6 +136,7 @@ class NCTrainer(SavingTrainer):
         """Switch on what starts at this epoch."""
         epoch = math.floor((self.state.epoch or 0) + 1e-6)
         task, args, num_epochs = self.task, self.args, self.num_epochs
+        task.progress.fill_(min(epoch / num_epochs, 1.0))
         task.weighting_active = args.drw_epoch is None or epoch >= resolve_epoch(args.drw_epoch, num_epochs)
         if task.collapse is None:
             return
@@ -144,7 +147,7 @@ class NCTrainer(SavingTrainer):
             from_data = args.center_init == "data" or (args.center_init == "auto" and args.start_epoch > 0)
             if from_data and task.collapse.mode != "batch" and not args.replicate_leak:
                 logger.info("class centers start as class means of one pass over the training images")
-                task.collapse.set_centers(*self.class_means(self.train_dataset))
+                task.collapse.set_centers(*self.class_means(self.train_dataset, of_collapse=True))
             task.centers_ready.fill_(True)
 
     def compute_loss(
@@ -276,25 +279,30 @@ class NCTrainer(SavingTrainer):
 
     # ---- Features ----
 
-    def iterate_features(self, dataset: Dataset) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def iterate_features(
+        self, dataset: Dataset, *, of_collapse: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Features, logits and labels of a data set in eval mode, batch by batch and the same on every process.
 
         Args:
             dataset: as for `evaluate`; our image sets give their images without augmentation.
+            of_collapse: give the features that the collapse terms see, where those are not the head's input.
 
         Yields:
             Features (B, P) and logits (B, K) in float32, labels (B,).
         """
         task, was_training = self.task, self.task.training
+        forward = task.collapse_features_and_logits if of_collapse else task.features_and_logits
         task.eval()
         for batch in self.get_eval_dataloader(dataset):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
-                features, logits = task.features_and_logits(batch["pixel_values"])
+                features, logits = forward(batch["pixel_values"])
             yield self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
         task.train(was_training)
 
-    def class_means(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Class means (K, P) in float64, zero for absent classes, and class counts (K,) of a data set's features."""
-        batches = ((features, labels) for features, _, labels in self.iterate_features(dataset))
-        return class_means(batches, self.task.num_classes, feature_dim(self.task.head))
+    def class_means(self, dataset: Dataset, *, of_collapse: bool = False) -> tuple[Tensor, Tensor]:
+        """Class means (K, P) in float64, zero for absent classes, and class counts (K,), as `iterate_features`."""
+        found = self.iterate_features(dataset, of_collapse=of_collapse)
+        width = self.task.collapse.feature_dim if of_collapse else feature_dim(self.task.head)
+        return class_means(((features, labels) for features, _, labels in found), self.task.num_classes, width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -20,6 +20,8 @@ from nc_hf.sampling import SamplerName
 logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Objective = Literal["classification", "contrastive", "experts", "bilateral"]
+PAIRED = {"contrastive": "two_views", "bilateral": "bilateral"}  # objectives on pairs, and the sampler that makes them
 
 
 def resolve_epoch(value: float, num_epochs: float) -> float:
@@ -92,7 +94,23 @@ class NCTrainingArguments(TrainingArguments):
     )
 
     # Parameters that control the supervised loss and re-balancing
+    objective: Objective = field(
+        default="classification",
+        metadata={
+            "help": "classification; contrastive (FCL, KCL, TSC); experts (RIDE) and bilateral (BBN), each with its "
+            "network."
+        },
+    )
+    objective_settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Of the objective: see ContrastiveSettings and ExpertsTask."}
+    )
     loss: str = field(default="ce", metadata={"help": f"Supervised loss: {', '.join(SUPERVISED_LOSSES)}."})
+    loss_settings: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Of the loss, by name, such as gamma of focal."}
+    )
+    loss_counts: Literal["batch", "train", "none"] | None = field(
+        default=None, metadata={"help": "Class counts of a loss that takes both: batch (the update) or train."}
+    )
     class_weighting: ClassWeighting = field(
         default="none", metadata={"help": "Class weights in the supervised loss: none, inverse, effective_number."}
     )
@@ -177,6 +195,8 @@ class NCTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
         if self.loss not in SUPERVISED_LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {self.loss!r}.")
+        self._check_objective()
+        self._check_corrections()
         if self.push_to_hub and HubStrategy(self.hub_strategy) in (
             HubStrategy.CHECKPOINT,
             HubStrategy.ALL_CHECKPOINTS,
@@ -213,6 +233,44 @@ class NCTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"`centers: learned` are trained by plain SGD and `optim` is {str(self.optim)!r}. "
                     "Set optim: sgd, or use `centers: ema`, which needs no optimizer."
+                )
+
+    def _check_objective(self) -> None:
+        for objective, sampler in PAIRED.items():
+            if (self.objective == objective) != (self.sampler == sampler):
+                raise ValueError(
+                    f"`objective: {objective}` and `sampler: {sampler}` go together, since its batches are pairs; got "
+                    f"`objective: {self.objective}` with `sampler: {self.sampler}`."
+                )
+        if self.objective in PAIRED:
+            if self.per_device_train_batch_size % 2:
+                raise ValueError(
+                    f"`objective: {self.objective}` needs an even per_device_train_batch_size, which counts both "
+                    f"images of a pair, got {self.per_device_train_batch_size}."
+                )
+            off = {"mixup_alpha": 0, "cutmix_alpha": 0, "class_weighting": "none"}
+            if self.objective == "contrastive":  # nothing is classified
+                off |= {"loss": "ce", "label_smoothing_factor": 0, "within_counts": "batch"}
+                off |= {"load_best_model_at_end": False}  # by an untrained head
+            for name, value in off.items():
+                if getattr(self, name) != value:
+                    raise ValueError(f"`objective: {self.objective}` goes without `{name}`: set it to {value}.")
+        if self.objective in ("classification", "bilateral") and self.objective_settings:
+            raise ValueError(f"`objective: {self.objective}` has no settings, got {self.objective_settings}.")
+
+    def _check_corrections(self) -> None:
+        """One correction of the prior is enough."""
+        counts = self.loss_counts or SUPERVISED_LOSSES[self.loss].counts[0]
+        if self.loss in ("balanced_softmax", "arb", "logit_adjustment", "dot_regression") and counts != "none":
+            if self.class_weighting != "none":
+                raise ValueError(
+                    f"`loss: {self.loss}` allows for the class counts itself; class_weighting: {self.class_weighting} "
+                    "would correct twice. Set it to none."
+                )
+            if counts == "train" and self.sampler != "instance":
+                raise ValueError(
+                    f"`loss: {self.loss}` allows for the class counts of the training set, which sampler: "
+                    f"{self.sampler} has levelled already. Set sampler: instance."
                 )
 
     def _resolve_precision(self) -> None:

@@ -2,16 +2,18 @@
 
     python recipes/evaluate.py out/digits_lt-nc_drw_crt/stage2
     python recipes/evaluate.py user/name recipes/cifar10_lt/nc_drw_crt.yaml --data.data_dir <folder>
+    python recipes/evaluate.py model_cards/<name> --noise-std 0 0.1 0.2 0.3 0.4 --data.data_dir <folder>
 
 The data are those of the recipe: the one given, or that of the run the folder belongs to. Prints a table, and with
-`--json FILE` writes what it shows and more.
+`--json FILE` writes what it shows and more. `--noise-std` adds a table of accuracies on images with Gaussian noise of
+these standard deviations; `--noise-scale` says where: `normalized`, where the network sees them (default), or
+`pixels`, in [0, 1] before normalization; `--noise-seed` (0 by default) is the seed of the noise.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +24,60 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 
 def main(arguments: list[str]) -> None:
     """Evaluate the folder or Hub id named by the first argument."""
+    from nc_hf.inspect import take_option
     from nc_hf.processes import start_processes
     from nc_hf.recipe import load_recipe
     from nc_hf.results import results_table
+    from nc_hf.robustness import noise_settings, noise_table
 
     if not arguments or arguments[0].startswith("--"):
         raise SystemExit(__doc__)
-    source, json_path = arguments.pop(0), None
-    if "--json" in arguments:
-        position = arguments.index("--json")
-        json_path = Path(arguments[position + 1])
-        del arguments[position : position + 2]
+    source, *arguments = arguments
+    json_path, arguments = take_option(arguments, "--json")
+    options = {}
+    for name in ("std", "scale", "seed"):
+        options[name], arguments = take_option(arguments, f"--noise-{name}")
     own = Path(source) / "recipe.yaml"  # of a release; the other folders of a run have it beside them
     path = own if own.is_file() else Path(source).parent / "recipe.yaml"
     if arguments and not arguments[0].startswith("--"):
         path = arguments.pop(0)
+    try:
+        noise = noise_settings(**options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     recipe = load_recipe(path, arguments)
     state = start_processes()
-    results = {"heads": evaluate_heads(source, recipe)}
+    results = evaluate_heads(source, recipe, noise)
     if state.is_main_process:
         print(results_table(results))
-        if json_path is not None:
-            json_path.write_text(json.dumps(results, indent=1) + "\n")
+        if noise:
+            print(f"\n{noise_table(results['noise'])}")
+        if json_path:
+            Path(json_path[0]).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def evaluate_heads(source: str, recipe: Any) -> dict[str, dict[str, Any]]:
-    """Metrics by head name."""
+def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> dict[str, Any]:
+    """Metrics by head name, and accuracies by head name under noise."""
     from nc_hf.evaluation import evaluate_classifier
-    from nc_hf.hub import load_heads, load_pretrained
-    from nc_hf.image_sets import image_sets, read_splits
-    from nc_hf.models.classifier import image_settings, local_folder
-    from nc_hf.trainer import NCTrainer
-    from nc_hf.training_args import NCTrainingArguments
+    from nc_hf.inspect import evaluated_split, trainers_of
+    from nc_hf.models.classifier import local_folder
+    from nc_hf.robustness import noisy_accuracies
 
-    folder, evaluation = local_folder(source, recipe.model.revision), recipe.evaluation
-    config = json.loads((folder / "config.json").read_text()).get("nc_hf", {})
-    heads, metrics, images = sorted(load_heads(folder)[0]), {}, None
-    for head in heads or [None]:
-        model, processor = load_pretrained(str(folder), head)
-        if images is None:
-            images = image_sets(recipe, read_splits(recipe), image_settings(model, processor))
-        counts = config.get("class_counts", images["train"].class_counts.tolist())
-        with tempfile.TemporaryDirectory() as scratch:
-            args = NCTrainingArguments(
-                output_dir=scratch,
-                per_device_eval_batch_size=evaluation.batch_size,
-                within_weight=0.0,
-                between_weight=0.0,
-                report_to="none",
-                disable_tqdm=True,
-            )
-            trainer = NCTrainer(model, args, train_dataset=images["train"], head=recipe.model.head)
-            metrics[head or "head"] = evaluate_classifier(
-                trainer,
-                images["test" if "test" in images else "validation"],
-                counts,
-                few_below=evaluation.few_below,
-                many_above=evaluation.many_above,
-            )
-    return metrics
+    config = json.loads((local_folder(source, recipe.model.revision) / "config.json").read_text()).get("nc_hf", {})
+    results: dict[str, Any] = {"heads": {}}
+    for head, trainer, images in trainers_of(source, recipe):
+        tested = images[evaluated_split(images)]
+        results["heads"][head] = evaluate_classifier(
+            trainer,
+            tested,
+            config.get("class_counts", images["train"].class_counts.tolist()),
+            few_below=recipe.evaluation.few_below,
+            many_above=recipe.evaluation.many_above,
+        )
+        if noise:
+            results.setdefault("noise", {**noise, "accuracy": {}})
+            results["noise"]["accuracy"][head] = noisy_accuracies(trainer, tested, **noise)
+    return results
 
 
 if __name__ == "__main__":

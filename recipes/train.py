@@ -103,6 +103,7 @@ def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str,
 
     from nc_hf.image_sets import image_sets
     from nc_hf.models.classifier import image_settings, load_classifier
+    from nc_hf.models.headed import replace_head
 
     spec = recipe.model
     names = splits["train"].features["label"].names
@@ -116,6 +117,8 @@ def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str,
         image_size=spec.image_size,
         **spec.model_args,
     )
+    if spec.head_type != "linear":
+        replace_head(model, spec.head_type, **spec.head_settings)
     return model, processor, image_sets(recipe, splits, image_settings(model, processor))
 
 
@@ -231,6 +234,8 @@ def report_stage(
         )
         if evaluation.geometry:
             results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
+    if getattr(trainer.classifier, "routing", None) is not None:  # an expert assignment, which the folder carries
+        results["routing"] = route_experts(trainer, recipe, images[split], train)
     if stage == "stage1":
         results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
     before, tensors = load_heads(run / "stage1") if stage == "stage2" else ({}, {})
@@ -242,6 +247,15 @@ def report_stage(
         metadata={"stage": stage, "recipe_digest": results["recipe_digest"], "seed": recipe.seed},
         **{name: tensors[name] for name in ("centers",) if name in tensors},
     )
+
+
+def route_experts(trainer: Any, recipe: Any, test: Any, train: Any) -> dict[str, Any]:
+    """Train the gates that decide how many experts an image takes (RIDE's second stage), and measure them."""
+    from nc_hf.models.routing import evaluate_routing, train_routing
+
+    train_routing(trainer.classifier, train, seed=recipe.seed)
+    bounds = {"few_below": recipe.evaluation.few_below, "many_above": recipe.evaluation.many_above}
+    return evaluate_routing(trainer.classifier, trainer.get_eval_dataloader(test), train.class_counts, **bounds)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class CifarResNet(nn.Module):
     Args:
         depths: blocks of each stage.
         widths: channels of each stage; each but the first halves the resolution.
+        width_factor: multiplies the widths; 2 is the wider network of ETF + DR on CIFAR-100.
         projection: 1x1 convolutions in shortcuts instead of zero padding.
         num_classes: outputs; 0 gives features.
         in_chans: image channels.
@@ -81,6 +82,7 @@ class CifarResNet(nn.Module):
         depths: tuple[int, ...],
         widths: tuple[int, ...],
         *,
+        width_factor: int = 1,
         projection: bool = False,
         num_classes: int = 10,
         in_chans: int = 3,
@@ -88,6 +90,7 @@ class CifarResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.drop_rate, self.grad_checkpointing = num_classes, drop_rate, False
+        widths = tuple(width_factor * width for width in widths)
         self.num_features = self.head_hidden_size = widths[-1]
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])

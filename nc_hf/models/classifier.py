@@ -10,8 +10,10 @@ from typing import Any
 import timm
 from torch import nn
 
-import nc_hf.models.cifar_resnet  # noqa: F401  makes the CIFAR networks known to timm
+from nc_hf.models.experts import ExpertsHead
 from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
+from nc_hf.models.headed import renew_head
+from nc_hf.models.normalized_heads import CosineHead, ETFHead
 from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config
 
 __all__ = [
@@ -123,6 +125,7 @@ def _load_timm(
         # With another `num_classes`, create_model would load with strict=False.
         logger.info("the head of %s has %d outputs; one with %d is drawn anew", source, model.num_classes, num_labels)
         model.reset_classifier(num_labels)
+        renew_head(model)
         cfg |= {"num_classes": num_labels, "label_names": None, "label_descriptions": None}
     if label_names is not None:
         cfg["label_names"] = list(label_names)
@@ -223,8 +226,8 @@ def image_settings(model: nn.Module, image_processor: Any = None) -> dict[str, A
 def find_head(model: nn.Module, num_labels: int | None = None, head: str | None = None) -> tuple[str, nn.Module]:
     """Module path and module of a classifier's last layer.
 
-    It is the only linear layer or 1x1 convolution with K outputs in timm's `get_classifier()`, or in a transformers
-    model outside its backbone.
+    It is the only linear layer, 1x1 convolution or head of ours with K outputs in timm's `get_classifier()`, or in a
+    transformers model outside its backbone.
 
     Args:
         model: of timm or transformers, or any module when `head` or `num_labels` is given.
@@ -275,7 +278,8 @@ def _num_labels(model: nn.Module) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    kinds = nn.Linear | CosineHead | ETFHead | ExpertsHead
+    return isinstance(module, kinds) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
 
 
 def feature_dim(head: nn.Module) -> int:

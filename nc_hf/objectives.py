@@ -1,0 +1,148 @@
+"""From arguments to the task that is trained: what is learned, by which loss, on which kind of network."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import set_seed
+
+from nc_hf.bilateral_task import BilateralTask
+from nc_hf.contrastive_task import ContrastiveSettings, ContrastiveTask
+from nc_hf.experts_task import ExpertsTask
+from nc_hf.losses.classification import SupervisedLoss
+from nc_hf.losses.collapse import NeuralCollapseLoss
+from nc_hf.losses.experts import ExpertsCollapseLoss
+from nc_hf.models.bilateral import BilateralNetwork
+from nc_hf.models.classifier import feature_dim, find_head
+from nc_hf.models.experts import ExpertsNetwork
+from nc_hf.models.normalized_heads import check_head_for
+from nc_hf.rebalancing import class_weights
+from nc_hf.task import ClassificationTask
+from nc_hf.training_args import NCTrainingArguments
+
+
+def build_task(
+    model: nn.Module,
+    args: NCTrainingArguments,
+    class_counts: np.ndarray | None = None,
+    *,
+    head: str | None = None,
+    freeze_backbone: bool = False,
+) -> ClassificationTask:
+    """The task that the arguments describe, around a classifier.
+
+    Args:
+        model: an image classifier, of timm or of transformers.
+        args: of the run; `args.seed` seeds the centers.
+        class_counts: (K,) training images per class, where known.
+        head: module path of the last layer, for a model whose head is not found.
+        freeze_backbone: train the head alone, which is classification whatever the backbone was trained by.
+
+    Raises:
+        ValueError: when the head does not fit the classes, or settings need counts that are not known, or another
+            kind of network.
+    """
+    set_seed(args.seed)
+    head_name, head_module = find_head(model, head=head)
+    num_classes = head_module.weight.shape[0]
+    if class_counts is not None and len(class_counts) != num_classes:
+        raise ValueError(
+            f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes."
+            f" Load the model with num_labels={len(class_counts)}."
+        )
+    if class_counts is None and (args.class_weighting != "none" or args.within_counts == "train"):
+        raise ValueError(
+            "`class_weighting` and `within_counts: train` need the number of training images per class, which the "
+            "training set does not tell. Pass class_counts=[...] to NCTrainer."
+        )
+    objective = "classification" if freeze_backbone else args.objective
+    if not freeze_backbone:
+        _check_network(model, objective)
+    settings: dict[str, Any] = {"mixup_rule": args.mixup_rule}
+    if args.collapse_enabled and not freeze_backbone:
+        settings["collapse"] = _collapse_loss(model, num_classes, feature_dim(head_module), args, class_counts)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    own = _own_settings(objective, args.objective_settings)
+    if objective == "contrastive":
+        settings["settings"] = ContrastiveSettings(seed=args.seed, **own)
+        return ContrastiveTask(model, head_name, num_classes, feature_dim=feature_dim(head_module), **settings)
+    settings["supervised"] = _supervised_loss(args, class_counts)
+    check_head_for(settings["supervised"], head_module)
+    if args.class_weighting != "none":
+        settings["class_weights"] = class_weights(class_counts, args.class_weighting, beta=args.effective_number_beta)
+    if args.within_counts == "train":
+        # A sum over the images of all processes, whose gradients are then averaged.
+        settings["within_counts"] = class_counts / args.world_size
+    if objective == "experts":
+        settings |= {"class_counts": class_counts, **own}
+        return ExpertsTask(model, head_name, num_classes, **settings)
+    if objective == "bilateral":
+        return BilateralTask(model, head_name, num_classes, **settings)
+    moving = getattr(args, "backbone_statistics", None) == "shifted"
+    settings |= {"freeze_backbone": freeze_backbone, "moving_statistics": moving}
+    return ClassificationTask(model, head_name, num_classes, **settings)
+
+
+OWN_SETTINGS = {
+    "contrastive": tuple(field.name for field in dataclasses.fields(ContrastiveSettings) if field.name != "seed"),
+    "experts": ("diversity_factor", "reweight_factor", "temperature"),
+}
+
+
+def _own_settings(objective: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an objective, none of them unknown."""
+    known = OWN_SETTINGS.get(objective, ())
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(
+            f"`objective_settings` of {objective} are {', '.join(known) or 'none'}; there is no {', '.join(unknown)}."
+        )
+    if objective == "contrastive" and "method" not in given:
+        raise ValueError(
+            "`objective: contrastive` needs its method: set objective_settings: {method: fcl, kcl or tsc}."
+        )
+    return given
+
+
+def _check_network(model: nn.Module, objective: str) -> None:
+    """Networks of several branches learn by an objective of their own."""
+    wanted = {ExpertsNetwork: "experts", BilateralNetwork: "bilateral"}
+    own = next((name for kind, name in wanted.items() if isinstance(model, kind)), None)
+    if own is not None and objective != own:
+        raise ValueError(f"{type(model).__name__} learns by `objective: {own}`, got {objective!r}.")
+    if own is None and objective in wanted.values():
+        network = {"experts": "resnet32_ride_cifar", "bilateral": "resnet32_bbn_cifar"}[objective]
+        raise ValueError(f"`objective: {objective}` needs a network such as {network}, got {type(model).__name__}.")
+
+
+def _supervised_loss(args: NCTrainingArguments, class_counts: np.ndarray | None) -> SupervisedLoss:
+    smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
+    return SupervisedLoss(args.loss, class_counts, counts=args.loss_counts, **smoothing, **args.loss_settings)
+
+
+def _collapse_loss(
+    model: nn.Module, num_classes: int, width: int, args: NCTrainingArguments, class_counts: np.ndarray | None
+) -> NeuralCollapseLoss:
+    kind, extra = NeuralCollapseLoss, {}
+    if args.objective == "experts":
+        kind, extra = ExpertsCollapseLoss, {"num_experts": model.num_experts}
+    elif args.objective == "bilateral":
+        width //= 2  # the features of one branch
+    return kind(
+        num_classes,
+        width,
+        args.within_weight,
+        args.between_weight,
+        args.centers,
+        between_objective=args.between_objective,
+        within_reduction=args.within_reduction,
+        feature_scale=args.feature_scale,
+        momentum=args.centers_momentum,
+        class_counts=class_counts,
+        **extra,
+    )

@@ -1,0 +1,215 @@
+"""Show a table or figure of the paper beside our own runs, and run what is missing.
+
+    python recipes/reproduce.py table3 --dataset cifar10_lt --ratio 100
+    python recipes/reproduce.py table3 --dataset cifar10_lt --ratio 100 --rows NC-DRW --seeds 3 --data_dir <folder>
+    python recipes/reproduce.py figure2 --train
+    python recipes/reproduce.py collect out/<run> ...
+
+The first shows in seconds what lies in results/. Tables 2 to 7, figures 2 and 3. Rows that are named by `--rows` are
+run where they have no results of the same recipe, all rows with `--train`, none with `--no-train`. Each run has a
+folder under `<output>/runs`, where the same command resumes it if it was interrupted; its results then go to results/.
+Runs are of one process, or as many as the recipe expects. `collect` takes over finished runs of recipes/train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+HERE = Path(__file__).resolve().parent
+# Python puts this folder first, where evaluate.py would stand in for the library `evaluate`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+
+if TYPE_CHECKING:
+    from nc_hf.reproduction import Plan
+
+
+def main(arguments: list[str]) -> None:
+    """Show what the first argument names, run what is missing if asked for, and show it again; or collect runs."""
+    options = parse(arguments)
+    if options.what == "collect":
+        return collect(options)
+    options.show()
+    missing = missing_runs(options)
+    if not missing:
+        return None
+    names = ", ".join(f"{plan.setting.folder}/{plan.folder.name} seed {seed}" for plan, seed in missing)
+    print(f"\n{len(missing)} run(s) missing: {names}")
+    if not (bool(options.rows) if options.train is None else options.train):
+        print("Nothing was trained. Give --train, or name the rows of a table to run by --rows.")
+        return None
+    failed = [run_folder(options.output, *run) for run in missing if not run_and_collect(options, *run)]
+    options.show()
+    if failed:
+        raise SystemExit(f"failed, see above; the same command resumes: {', '.join(map(str, failed))}")
+    return None
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, checked."""
+    from nc_hf.paper_tables import FIGURES, TABLES
+    from nc_hf.reproduction import plan_row
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "what", choices=[*TABLES, *FIGURES, "collect"], metavar="table2…table7|figure2|figure3|collect"
+    )
+    parser.add_argument("folders", nargs="*", help="of finished runs, to collect")
+    parser.add_argument("--dataset", help="a column of the table, such as cifar10_lt; all when not given")
+    parser.add_argument("--ratio", type=int, help="imbalance ratio of the column")
+    parser.add_argument("--rows", nargs="+", help="printed names; these are run where they are missing")
+    parser.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1; all that are there are shown")
+    parser.add_argument("--epochs", type=float, help="of stage one instead of the recipe's; kept apart from others")
+    parser.add_argument("--data_dir", help="folder of the images; downloaded when not given")
+    parser.add_argument("--cache_dir", help="of `datasets`")
+    parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="run all that is missing, or nothing")
+    parser.add_argument("--output", type=Path, default=Path("out/reproduce"), help="for runs, tables and figures")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="where results are kept")
+    parser.add_argument("--recipes", type=Path, default=HERE, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if bool(options.folders) != (options.what == "collect"):
+        parser.error("folders of runs go with collect, and with nothing else")
+    if options.seeds < 1 or (options.epochs is not None and options.epochs <= 0):
+        parser.error(f"--seeds and --epochs must be more than 0, got {options.seeds} and {options.epochs}")
+    options.table, options.figure = TABLES.get(options.what), FIGURES.get(options.what)
+    if options.table:
+        plan_tables(parser, options, options.table)
+    elif options.figure:
+        options.noise, options.show = False, partial(show_figure, options)
+        options.panels = {
+            title: [plan_row(setting, row, options.recipes, options.results) for row in rows]
+            for title, (setting, rows) in options.figure.panels.items()
+        }
+    return options
+
+
+def plan_tables(parser: argparse.ArgumentParser, options: argparse.Namespace, table: Any) -> None:
+    """Refuse columns and rows that the table does not have; plan those that were asked for."""
+    from nc_hf.reproduction import plan_row
+
+    unknown = [name for name in options.rows or [] if name not in table.rows]
+    if unknown:
+        parser.error(f"{options.what} has no row {', '.join(unknown)}; its rows are {', '.join(table.rows)}")
+    options.plans = {
+        setting: {
+            name: plan_row(setting, table.rows[name], options.recipes, options.results, options.epochs)
+            for name in (options.rows or table.rows)
+        }
+        for setting in table.settings
+        if options.dataset in (None, setting.dataset) and options.ratio in (None, setting.ratio)
+    }
+    options.noise = any(metric.startswith("noise ") for metric in table.metrics)
+    options.show = partial(show_tables, options)
+    if not options.plans:
+        columns = ", ".join(f"--dataset {s.dataset}" + f" --ratio {s.ratio}" * bool(s.ratio) for s in table.settings)
+        parser.error(f"{options.what} has no such column; its columns are {columns}")
+
+
+def show_tables(options: argparse.Namespace) -> None:
+    """Print the tables and write them to the output folder."""
+    from nc_hf.reproduction_report import render_table
+
+    text = "\n".join(render_table(options.table, setting, rows) for setting, rows in options.plans.items())
+    print(text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / f"{options.what}.md").write_text(text)
+
+
+def show_figure(options: argparse.Namespace) -> None:
+    """Draw a figure from the class means that are there."""
+    from nc_hf.reproduction_report import draw_paper_figure
+
+    path = options.output / options.what
+    lines = draw_paper_figure(options.figure, options.panels, path)
+    print("\n".join([options.figure.title, *lines]))
+    if path.with_suffix(".png").is_file():
+        print(f"{path}.png, {path}.svg")
+
+
+def missing_runs(options: argparse.Namespace) -> list[tuple[Plan, int]]:
+    """Runs without results that count, each once: of a figure the first choice of panels without any."""
+    if options.figure:
+        empty = [plans[0] for plans in options.panels.values() if not any(plan.means() for plan in plans)]
+        return [(plan, 0) for plan in empty if plan.recipe_path.is_file()]
+    missing = {}
+    for plan in (plan for rows in options.plans.values() for plan in rows.values()):
+        found = {one.seed for one in plan.found() if not options.noise or "noise" in one.results}
+        if plan.recipe_path.is_file():
+            missing |= {plan.target(seed): (plan, seed) for seed in range(options.seeds) if seed not in found}
+    return list(missing.values())
+
+
+def run_folder(output: Path, plan: Plan, seed: int) -> Path:
+    """One folder a run; another one when the recipe changes."""
+    from nc_hf.recipe import recipe_digest
+
+    name = f"{plan.folder.name}-seed{seed}-{recipe_digest(plan.recipe(seed))}"
+    return output / "runs" / plan.setting.folder / name
+
+
+def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[str]]:
+    """The commands of a run: training, which resumes, and the measurement under noise."""
+    from nc_hf.robustness import PAPER_STDS
+
+    run, recipe = run_folder(options.output, plan, seed), plan.recipe(seed)
+    processes = str((recipe.stage1 or recipe.stage2).get("expected_processes") or 1)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
+    folders = {"--data.data_dir": options.data_dir, "--data.cache_dir": options.cache_dir}
+    data = [word for name, value in folders.items() if value for word in (name, os.path.abspath(value))]
+    train = [*launch, str(HERE / "train.py"), str(plan.recipe_path), *plan.overrides(seed), *data]
+    train += ["--output_dir", str(run.parent), "--name", run.name]
+    measure = [
+        sys.executable,
+        str(HERE / "evaluate.py"),
+        str(run / "stage1"),
+        *data,
+        "--json",
+        str(run / "noise.json"),
+    ]
+    measure += ["--noise-std", *(f"{std:g}" for std in PAPER_STDS)]
+    return [train, measure] if options.noise else [train]
+
+
+def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> bool:
+    """Run what is missing of a run and take over its results; False when a command fails."""
+    from nc_hf.reproduction import collect_run, matching_precision
+    from nc_hf.results import read_results
+
+    run = run_folder(options.output, plan, seed)
+    if any(one.seed == seed for one in plan.found()) and not run.is_dir():
+        print(f"{plan.target(seed)} counts, but its model is not in {run}, so nothing more is measured of it.")
+        return False
+    print(f"\n{plan.setting.title}, {plan.folder.name}, seed {seed}: {run}", flush=True)
+    for command in commands(options, plan, seed):
+        if subprocess.run(command).returncode:
+            return False
+    if matching_precision(plan.recipe(seed), read_results(run / "results.json")) is None:
+        print(f"{run} has results of another recipe than {plan.recipe_path}; they are not taken over.")
+        return False
+    collect_run(run, plan.target(seed))
+    return True
+
+
+def collect(options: argparse.Namespace) -> None:
+    """Take finished runs of the tables' recipes over into the results."""
+    from nc_hf.reproduction import collect_run, plan_of_run
+
+    for folder in map(Path, options.folders):
+        found = plan_of_run(folder, options.recipes, options.results)
+        if found is None:
+            raise SystemExit(f"{folder} is no run of a recipe of the paper's tables, or its recipe has changed since.")
+        plan, seed = found
+        collect_run(folder, plan.target(seed))
+        print(plan.target(seed))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
