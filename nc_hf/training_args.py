@@ -195,6 +195,9 @@ class NCTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
         if self.loss not in SUPERVISED_LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {self.loss!r}.")
+        if unknown := sorted(set(self.loss_settings) - set(SUPERVISED_LOSSES[self.loss].settings)):
+            known = ", ".join(SUPERVISED_LOSSES[self.loss].settings) or "none"
+            raise ValueError(f"`loss: {self.loss}` has no setting {', '.join(unknown)}. Its settings: {known}.")
         self._check_objective()
         self._check_corrections()
         if self.push_to_hub and HubStrategy(self.hub_strategy) in (
