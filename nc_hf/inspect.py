@@ -1,0 +1,236 @@
+"""Look into any image classifier: its accuracies by class frequency, and how far its features have collapsed.
+
+    python -m nc_hf.inspect <folder or Hub id> --data cifar10 --data.imbalance_ratio 100 --data.data_dir <folder>
+    python -m nc_hf.inspect <folder or Hub id> recipes/cifar10_lt/nc_drw_crt.yaml --output look
+
+The classifier is one of timm or transformers, trained by nc_hf or not; all settings of a recipe can be given, such as
+`--model.head <module path>` for a model whose head is not found. Prints accuracies on the test split and NC1-NC4 on
+training and test features, and writes them with the figures to `--output` (`inspect-<name>` here by default).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nc_hf.data.images import ImageSet
+    from nc_hf.recipe import Recipe
+    from nc_hf.trainer import NCTrainer
+
+QUANTITIES = {
+    "nc1_variability": "NC1: within / between variability",
+    "nc1_variability_balanced": "     the same, classes alike",
+    "nc1_cdnv": "     class-distance normalized variance",
+    "nc2_norm_cov": "NC2: variation of the means' norms",
+    "nc2_min_angle": "     smallest angle of two means",
+    "nc2_mean_angle": "     mean angle",
+    "nc2_best_angle": "     best smallest angle there is",
+    "nc2_best_angle_bound": "     no smallest angle is above",
+    "nc2_etf_error": "     distance to a simplex ETF",
+    "nc3_duality_gap": "NC3: distance of head and means",
+    "nc3_head_norm_cov": "     variation of the head's norms",
+    "nc4_agreement": "NC4: agreement with the nearest mean",
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Inspect the folder or Hub id named by the first argument."""
+    from nc_hf.processes import start_processes
+    from nc_hf.recipe import load_recipe
+    from nc_hf.results import results_table, write_results
+
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(__doc__)
+    source, *rest = arguments
+    output, rest = take_option(rest, "--output")
+    path = rest.pop(0) if rest and not rest[0].startswith("--") else None
+    shorthand = re.compile(r"--data(?==|$)")
+    recipe = load_recipe(path, [shorthand.sub("--data.dataset", argument) for argument in rest])
+    state = start_processes()
+    results, means = inspect_classifier(source, recipe)
+    if state.is_main_process:
+        folder = Path(output[0] if output else f"inspect-{_last_part(source)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(folder / "results.json", results)
+        draw_figures(folder, results, means)
+        print(f"\n{results_table(results)}")
+        for head, geometry in results["geometry"].items():
+            print(f"\nhead {head}\n{geometry_table(geometry)}")
+        print(f"\nresults and figures: {folder}")
+    state.destroy_process_group()
+
+
+def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Measure each head of a classifier on the data of a recipe.
+
+    Args:
+        source: a folder or Hub id of timm, transformers or nc_hf.
+        recipe: its sections `data` and `evaluation`, `model.head`, `model.revision` and the precision are used.
+
+    Returns:
+        What `results.json` of a run says of `heads` and `geometry`, and the class means (K, P) of the features by
+        split.
+
+    Raises:
+        ValueError: for data whose classes are not the model's.
+    """
+    from nc_hf.evaluation import evaluate_classifier, geometry_of
+    from nc_hf.results import environment
+
+    results: dict[str, Any] = {"model": _last_part(source), "heads": {}, "geometry": {}}
+    means: dict[str, Any] = {}
+    for head, trainer, images in trainers_of(source, recipe):
+        split, train = evaluated_split(images), images["train"]
+        # The features are the same for each head.
+        means = means or {name: trainer.class_means(images[name]) for name in dict.fromkeys(("train", split))}
+        bounds = {"few_below": recipe.evaluation.few_below, "many_above": recipe.evaluation.many_above}
+        results["heads"][head] = evaluate_classifier(trainer, images[split], train.class_counts, **bounds)
+        results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
+        counts = train.class_counts.tolist()
+        dataset = {"name": _last_part(recipe.data.dataset), "description": train.description, **bounds}
+        results["dataset"] = dataset | {"class_names": train.class_names, "class_counts": counts}
+        results["split"] = split
+    return results | environment(), {name: split_means for name, (split_means, _) in means.items()}
+
+
+def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, dict[str, ImageSet]]]:
+    """Each head of a saved classifier by name, in a trainer that only evaluates, with the image set of each split.
+
+    A folder that was not saved by nc_hf has one head, called `"head"`.
+
+    Args:
+        source: a folder or Hub id.
+        recipe: as for `inspect_classifier`.
+    """
+    from nc_hf.hub import load_heads, load_pretrained
+    from nc_hf.image_sets import image_sets, read_splits
+    from nc_hf.models.classifier import image_settings, local_folder
+    from nc_hf.trainer import NCTrainer
+    from nc_hf.training_args import NCTrainingArguments
+
+    folder, images = local_folder(source, recipe.model.revision), None
+    for head in sorted(load_heads(folder)[0]) or [None]:
+        model, processor = load_pretrained(str(folder), head)
+        if images is None:
+            splits = read_splits(recipe)
+            check_classes(model, splits["train"].features["label"].names, source)
+            images = image_sets(recipe, splits, image_settings(model, processor))
+        with tempfile.TemporaryDirectory() as scratch:
+            args = NCTrainingArguments(
+                output_dir=scratch,
+                per_device_eval_batch_size=recipe.evaluation.batch_size,
+                precision=(recipe.stage1 or recipe.stage2)["precision"],
+                within_weight=0.0,
+                between_weight=0.0,
+                report_to="none",
+                disable_tqdm=True,
+            )
+            yield head or "head", NCTrainer(model, args, train_dataset=images["train"], head=recipe.model.head), images
+
+
+def check_classes(model: nn.Module, names: Sequence[str], source: str) -> None:
+    """Refuse data whose classes cannot be those of the model.
+
+    Raises:
+        ValueError: for another number of classes, or the same names in another order.
+    """
+    if hasattr(model, "pretrained_cfg"):
+        number, own = model.num_classes, model.pretrained_cfg.get("label_names")
+    else:
+        number, own = model.config.num_labels, list(model.config.id2label.values())
+    if number != len(names):
+        raise ValueError(f"{source} has {number} classes, and the data have {len(names)}. Choose its own data set.")
+    if own and set(own) == set(names) and list(own) != list(names):
+        k = next(k for k in range(number) if own[k] != names[k])
+        raise ValueError(
+            f"{source} has the classes of the data in another order: its class {k} is {own[k]!r}, and that of the "
+            f"data is {names[k]!r}. Give the data the labels that the model was trained with."
+        )
+
+
+def evaluated_split(images: dict[str, Any]) -> str:
+    """The split to measure on: test, else validation, else the training images."""
+    return next(name for name in ("test", "validation", "train") if name in images)
+
+
+def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]) -> None:
+    """Accuracy per class, and angles and norms of the class means, as PNG and SVG.
+
+    Args:
+        folder: to write to.
+        results: from `inspect_classifier`.
+        means: class means (K, P) by split.
+    """
+    from nc_hf.figures import angle_figure, class_accuracy_figure, norm_figure, save_figure
+
+    dataset = results["dataset"]
+    counts, bounds = dataset["class_counts"], {name: dataset[name] for name in ("few_below", "many_above")}
+    accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
+    panels = {f"{name} images": split_means for name, split_means in means.items()}
+    figures = {
+        "classes": class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds),
+        "angles": angle_figure(panels, counts),
+        "norms": norm_figure(panels, counts),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, folder / name, svg=True)
+
+
+def geometry_table(geometry: dict[str, dict[str, float]]) -> str:
+    """NC1-NC4 as aligned text, one column a split; "-" for what these data do not define."""
+    names = [name for name in QUANTITIES if any(name in metrics for metrics in geometry.values())]
+    rows = [["", *geometry]]
+    for name in names:
+        rows.append([QUANTITIES[name]] + [_shown(name, metrics.get(name)) for metrics in geometry.values()])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[list[str] | None, list[str]]:
+    """The values that follow an option on a command line (None without it), and the rest of the line.
+
+    Raises:
+        SystemExit: for an option without a value.
+    """
+    arguments = [part for argument in arguments for part in _split_at_equals(argument, option)]
+    if option not in arguments:
+        return None, arguments
+    start = arguments.index(option) + 1
+    stop = next((i for i in range(start, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+    if start == stop:
+        raise SystemExit(f"{option} needs a value.")
+    return arguments[start:stop], arguments[: start - 1] + arguments[stop:]
+
+
+def _split_at_equals(argument: str, option: str) -> list[str]:
+    return [option, argument.removeprefix(f"{option}=")] if argument.startswith(f"{option}=") else [argument]
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if "angle" in name:
+        return f"{value:.1f}°"
+    return f"{100 * value:.1f} %" if name == "nc4_agreement" else f"{value:.3g}"
+
+
+def _last_part(source: str) -> str:
+    name = source.removeprefix("hf-hub:").partition("@")[0]
+    return Path(name.removeprefix("local-dir:")).resolve().name or "model"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,176 @@
+"""The runs behind the paper's tables: where their results lie, whether these count, and how a finished run joins them.
+
+Results lie in `<results>/<data set>/<method>/seed<N>.json`, each with the class means (K, P) of its training features
+in `seed<N>.safetensors`. One counts when the digest in it is that of the row's recipe with the data set's checksum and
+the precision that the run had. Both are known without the images: `results.json` has the description that the digest
+was made with, and where a recipe leaves the precision to the machine, it is the one with which the digests agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nc_hf.paper_tables import FIGURES, TABLES, Row, Setting
+from nc_hf.recipe import Recipe, load_recipe, recipe_digest
+from nc_hf.results import read_results, write_results
+
+MEANS = "class_means"
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Results that count, and the precision of their run."""
+
+    seed: int
+    path: Path
+    results: dict[str, Any]
+    precision: str
+
+    @property
+    def means_path(self) -> Path:
+        """Of the class means."""
+        return self.path.with_suffix(".safetensors")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A row on a data set.
+
+    Attributes:
+        setting: the data set.
+        row: of a table.
+        recipe_path: of its recipe, whether or not there is one.
+        folder: of its results.
+        epochs: of stage one; the recipe's own when None.
+    """
+
+    setting: Setting
+    row: Row
+    recipe_path: Path
+    folder: Path
+    epochs: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the recipe, with its folder."""
+        return "/".join(self.recipe_path.parts[-2:])
+
+    def overrides(self, seed: int) -> list[str]:
+        """What the recipe is changed by, as `load_recipe` and recipes/train.py take it."""
+        epochs = [] if self.epochs is None else ["--stage1.num_train_epochs", f"{self.epochs:g}"]
+        return [*self.setting.overrides, *self.row.overrides, *epochs, "--seed", str(seed)]
+
+    def recipe(self, seed: int = 0) -> Recipe | None:
+        """The recipe, or None when there is no such file."""
+        return load_recipe(self.recipe_path, self.overrides(seed)) if self.recipe_path.is_file() else None
+
+    def target(self, seed: int) -> Path:
+        """Where results of a seed lie."""
+        return self.folder / f"seed{seed}.json"
+
+    def found(self) -> list[Found]:
+        """Results that count, by seed."""
+        found = []
+        for path in self.folder.glob("seed*.json"):
+            results = read_results(path)
+            recipe = self.recipe(results["seed"])
+            precision = None if recipe is None else matching_precision(recipe, results)
+            if precision and self.row.head in results["heads"] and results["split"] == "test":
+                found.append(Found(results["seed"], path, results, precision))
+        return sorted(found, key=lambda one: one.seed)
+
+    def means(self) -> list[Found]:
+        """Those of them that have class means."""
+        return [one for one in self.found() if one.means_path.is_file()]
+
+
+def plan_row(setting: Setting, row: Row, recipes: Path, results: Path, epochs: float | None = None) -> Plan:
+    """Where recipe and results of a row are; runs of another number of epochs than the recipe's lie beside the others.
+
+    Args:
+        setting: the data set.
+        row: of a table.
+        recipes: folder of the recipes.
+        results: folder of all results.
+        epochs: of stage one; the recipe's own when None.
+    """
+    method = row.balanced if row.balanced and setting.is_balanced else row.method
+    stem = method if row.recipe is None else row.recipe
+    path = recipes / setting.recipes / f"{stem}.yaml"
+    if epochs is not None and path.is_file() and epochs == (load_recipe(path).stage1 or {}).get("num_train_epochs"):
+        epochs = None
+    folder = results / setting.folder / (method if epochs is None else f"{method}_{epochs:g}_epochs")
+    return Plan(setting, row, path, folder, epochs)
+
+
+def matching_precision(recipe: Recipe, results: dict[str, Any]) -> str | None:
+    """The precision with which results are those of a recipe; None when they are of another one.
+
+    Args:
+        recipe: with the seed of the results.
+        results: content of a `results.json`.
+    """
+    description = results["dataset"].get("description")
+    for precision in PRECISIONS:
+        resolved = copy.deepcopy(recipe)
+        for stage in filter(None, (resolved.stage1, resolved.stage2)):
+            stage["precision"] = precision if stage["precision"] == "auto" else stage["precision"]
+        if recipe_digest(resolved, description) == results["recipe_digest"]:
+            return (resolved.stage1 or resolved.stage2)["precision"]
+    return None
+
+
+def collect_run(run: Path, target: Path) -> None:
+    """Copy what a finished run measured to the place of its results: no weights, no paths.
+
+    Args:
+        run: folder of recipes/train.py, or of a release; a `noise.json` of recipes/evaluate.py in it is added.
+        target: `.../seed<N>.json`; the class means go beside it.
+
+    Raises:
+        FileNotFoundError: for a run that is not finished.
+    """
+    from safetensors.torch import save_file
+
+    from nc_hf.hub import load_heads
+
+    results = read_results(run / "results.json")
+    stages = [folder for folder in (run / "stage1", run / "stage2", run) if (folder / "config.json").is_file()]
+    if not stages or not results.get("heads"):
+        raise FileNotFoundError(f"{run} has no results.json and saved stage. Let the run finish first.")
+    if noise := read_results(run / "noise.json").get("noise"):
+        results["noise"] = noise
+    target.parent.mkdir(parents=True, exist_ok=True)
+    means = load_heads(stages[0])[1].get(MEANS)
+    if means is not None:
+        save_file({MEANS: means.float()}, target.with_suffix(".safetensors"))
+        shutil.copymode(run / "results.json", target.with_suffix(".safetensors"))
+    write_results(target, {name: value for name, value in results.items() if name != "schema"})
+
+
+def plan_of_run(run: Path, recipes: Path, results: Path) -> tuple[Plan, int] | None:
+    """The row that a finished run is of, and its seed; None when it is of no table's recipe."""
+    measured, own = read_results(run / "results.json"), load_recipe(run / "recipe.yaml")
+    for setting, row in _all_rows():
+        plan = plan_row(setting, row, recipes, results, (own.stage1 or {}).get("num_train_epochs"))
+        recipe = plan.recipe(measured["seed"])
+        if recipe is not None and matching_precision(recipe, measured):
+            return plan, measured["seed"]
+    return None
+
+
+def _all_rows() -> Iterator[tuple[Setting, Row]]:
+    for table in TABLES.values():
+        for setting in table.settings:
+            for row in table.rows.values():
+                yield setting, row
+    for figure in FIGURES.values():
+        for setting, rows in figure.panels.values():
+            for row in rows:
+                yield setting, row

@@ -1,0 +1,221 @@
+"""The paper's tables and figures as text and pictures, its numbers beside ours, from results that are there."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from nc_hf.paper_tables import FigureSpec, Setting, Table
+from nc_hf.recipe import Recipe
+from nc_hf.recipe_sections import defaults_of
+from nc_hf.reproduction import MEANS, Found, Plan
+
+CLOSE = 1.0  # points below the paper that still count as reproduced
+
+
+def render_table(table: Table, setting: Setting, plans: dict[str, Plan]) -> str:
+    """Markdown of one data set's column of a table: the paper's numbers beside ours, and what the paper claims.
+
+    Args:
+        table: of the paper.
+        setting: one of its data sets.
+        plans: of the rows to show, by printed name.
+    """
+    several = len(table.metrics) > 1
+    numbers = ["paper", "ours", "difference"]
+    if several:
+        numbers = [f"{title}: ours / paper (difference)" for title in table.metrics.values()]
+    header = ["method", *numbers, "seeds", "epochs", "precision", "wall time", "protocol"]
+    lines = [f"## {table.title}: {setting.title}", "", _line(header), _line(["---"] * len(header))]
+    shared, ours = _shared_protocol(plans.values()), {}
+    for name, plan in plans.items():
+        found = [one for one in plan.found() if any(_values([one], plan.row.head, key) for key in table.metrics)]
+        printed = _printed(table, setting, name)
+        cells = [_values(found, plan.row.head, metric) for metric in table.metrics]
+        if values := _values(found, plan.row.head, "accuracy"):
+            ours[name] = statistics.mean(values)
+        if several:
+            shown = [_beside(values, paper) for values, paper in zip(cells, printed, strict=True)]
+        else:
+            shown = [_number(printed[0]), _mean(cells[0]), _difference(cells[0], printed[0])]
+        lines.append(_line([name, *shown, *_circumstances(plan, found, shared)]))
+    lines += [
+        "",
+        f"Where a row says nothing else: {', '.join([*shared.values(), 'last epoch'])}.",
+        "",
+        *_claims(table, setting, ours),
+    ]
+    return "\n".join([*lines, *([table.note] if table.note else [])]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _printed(table: Table, setting: Setting, name: str) -> tuple[float | None, ...]:
+    cell = table.printed[name][table.settings.index(setting)] if name in table.printed else None
+    return cell if isinstance(cell, tuple) else (cell,) * len(table.metrics)
+
+
+def _values(found: Sequence[Found], head: str, metric: str) -> list[float]:
+    """Percentages of the seeds that have the metric."""
+    values = []
+    for one in found:
+        if metric.startswith("noise "):
+            noise = one.results.get("noise", {})
+            measured = noise.get("scale") == "normalized" and head in noise["accuracy"]
+            accuracies = dict(zip(noise["std"], noise["accuracy"][head], strict=True)) if measured else {}
+            value = accuracies.get(float(metric.removeprefix("noise ")))
+        else:
+            value = one.results["heads"][head].get(metric)
+        values += [] if value is None else [100 * value]
+    return values
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _difference(values: Sequence[float], printed: float | None) -> str:
+    return "-" if not values or printed is None else f"{statistics.mean(values) - printed:+.1f}"
+
+
+def _beside(values: Sequence[float], printed: float | None) -> str:
+    difference = _difference(values, printed)
+    return f"{_mean(values)} / {_number(printed)}" + (f" ({difference})" if difference != "-" else "")
+
+
+def _circumstances(plan: Plan, found: Sequence[Found], shared: Mapping[str, str]) -> list[str]:
+    """Seeds, epochs, precision, wall time, and what of the protocol the rows do not share."""
+    recipe = plan.recipe()
+    if recipe is None:
+        return ["-"] * 4 + [f"there is no recipe {plan.name}"]
+    seeds = ", ".join(str(one.seed) for one in found) or "-"
+    precisions = ", ".join(sorted({one.precision for one in found})) or "-"
+    own = [part for key, part in protocol(recipe, plan.row.head).items() if shared.get(key) != part]
+    notes = [", ".join([plan.name, *own])]
+    if unused := {path.name for path in plan.folder.glob("seed*.json")} - {one.path.name for one in found}:
+        notes.append(f"{', '.join(sorted(unused))} not used: of another recipe, or without this measurement")
+    if any("not the standard subset" in one.results["dataset"].get("description", "") for one in found):
+        notes.append("not the standard subset")
+    epochs = "-" if recipe.stage1 is None else f"{(defaults_of('stage1') | recipe.stage1)['num_train_epochs']:g}"
+    return [seeds, epochs, precisions, _wall_time(plan.row.head, found), "; ".join(notes)]
+
+
+def _wall_time(head: str, found: Sequence[Found]) -> str:
+    """Mean over the seeds of which it is known; a run that was interrupted does not know its own."""
+    seconds = []
+    for one in found:
+        stages = one.results["training"]
+        parts = [stages[s].get("seconds") for s in stages if s == "stage1" or head != "base"]
+        seconds += [sum(parts)] if parts and None not in parts else []
+    return f"{statistics.mean(seconds) / 60:.0f} min" if seconds else "-"
+
+
+def _shared_protocol(plans: Iterable[Plan]) -> dict[str, str]:
+    """What most rows have of that which all rows have to say."""
+    protocols = [protocol(recipe, plan.row.head) for plan in plans if (recipe := plan.recipe()) is not None]
+    keys = [key for key in (protocols[0] if protocols else ()) if all(key in other for other in protocols)]
+    return {key: statistics.mode(other[key] for other in protocols) for key in keys}
+
+
+def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
+    """What decides a row's number, in words: network, images, optimizer, re-balancing, terms, second stage.
+
+    Args:
+        recipe: of the row.
+        head: of the run.
+    """
+    parts = {"model": recipe.model.name, "augmentation": recipe.data.augmentation}
+    if recipe.model.head_type != "linear":
+        parts["head"] = f"{recipe.model.head_type} head"
+    if recipe.stage1 is not None:
+        stage = defaults_of("stage1") | recipe.stage1
+        parts["batch"] = f"batch {stage['per_device_train_batch_size'] * (stage['expected_processes'] or 1)}"
+        parts["optimizer"] = f"{stage['optim']} {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}"
+        parts["mixup"] = f"mixup {stage['mixup_alpha']:g}"
+        parts["loss"] = f"loss {stage['loss']}"
+        if stage["sampler"] != "instance":
+            parts["sampler"] = f"{stage['sampler']} sampling"
+        if stage["class_weighting"] != "none":
+            start = "" if stage["drw_epoch"] is None else f" from {stage['drw_epoch']:g} of the run"
+            parts["weighting"] = f"{stage['class_weighting']} weights{start}"
+        terms = {"L_W": stage["within_weight"], "L_B": stage["between_weight"]}
+        if any(terms.values()):
+            weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.items() if weight)
+            kind = {"mean": "", "images": " as center loss"}.get(stage["within_reduction"], " as a sum")
+            parts["terms"] = f"{weights}{kind * bool(terms['L_W'])}, {stage['centers']} centers"
+    if head != "base" and recipe.stage2 is not None:
+        parts["stage2"] = f"{head} {(defaults_of('stage2') | recipe.stage2)['num_train_epochs']:g} epochs"
+    return parts
+
+
+def _claims(table: Table, setting: Setting, ours: dict[str, float]) -> list[str]:
+    """Whether our means have the paper's order, and come within 1.0 of its numbers."""
+    lines, names = [], [name for name in table.order[::2] if name in ours]
+    if len(names) > 1:
+        signs = dict(zip(table.order[2::2], table.order[1::2], strict=True))
+        wrong = []
+        for left, right in zip(names, names[1:], strict=False):
+            if ours[left] > ours[right] or (ours[left] == ours[right] and signs[right] == "<"):
+                wrong.append(f"{left} {ours[left]:.1f}, {right} {ours[right]:.1f}")
+        missing = [name for name in table.order[::2] if name not in ours]
+        verdict = f"fails: {'; '.join(wrong)}" if wrong else "holds"
+        lines.append(f"Order {' '.join(table.order)}: {verdict}{_without(missing)}.")
+    if len(table.metrics) == 1:
+        printed = {name: _printed(table, setting, name)[0] for name in ours}
+        printed = {name: value for name, value in printed.items() if value is not None}
+        below = [name for name, value in printed.items() if ours[name] < value - CLOSE]
+        if printed:
+            verdict = f"all but {', '.join(below)}" if below else "all"
+            lines.append(
+                f"Within {CLOSE:.1f} of the paper or above it: {verdict} of the {len(printed)} that were run."
+            )
+    return [*lines, ""] if lines else []
+
+
+def _without(missing: Sequence[str]) -> str:
+    return f" (without {', '.join(missing)})" if missing else ""
+
+
+# ---- Figures ----
+
+
+def draw_paper_figure(spec: FigureSpec, panels: Mapping[str, Sequence[Plan]], path: Path) -> list[str]:
+    """Draw a figure from class means, as PNG and SVG; where there are none at all, nothing is drawn.
+
+    Args:
+        spec: of the figure.
+        panels: by title the rows that can stand for it; the first that has results does.
+        path: of the picture, without a suffix.
+
+    Returns:
+        What the panels show, and which are missing, a line each.
+    """
+    from safetensors.torch import load_file
+
+    from nc_hf.figures import angle_figure, norm_figure, save_figure
+
+    means, counts, lines = {}, [], []
+    for title, plans in panels.items():
+        one = next((one for plan in plans for one in plan.means()), None)
+        if one is None:
+            lines.append(f"{title}: not run ({' or '.join(plan.name for plan in plans)})")
+            continue
+        means[title] = load_file(one.means_path)[MEANS]
+        # The long-tailed set orders the classes; in the balanced one all are alike.
+        counts = max(counts, one.results["dataset"]["class_counts"], key=lambda sizes: len(set(sizes)))
+        lines.append(f"{title}: {one.path}")
+    if means:
+        figure = (angle_figure if spec.kind == "angles" else norm_figure)(means, counts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, path, svg=True)
+    return lines

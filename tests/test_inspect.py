@@ -1,0 +1,149 @@
+"""A look into classifiers that nc_hf did not train: numbers, figures, and data that cannot be theirs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from nc_hf import save_pretrained
+from nc_hf.image_sets import image_sets, read_splits
+from nc_hf.inspect import check_classes, geometry_table, inspect_classifier, main, take_option
+from nc_hf.models.classifier import image_settings
+from nc_hf.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ["--data.imbalance_ratio", "20", "--stage1.precision", "fp32", "--evaluation.batch_size", "300"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Digits-LT at the size of the stock model."""
+    recipe = load_recipe(None, DIGITS)
+    model = stock_model()
+    return image_sets(recipe, read_splits(recipe), image_settings(model))
+
+
+def stock_model() -> nn.Module:
+    """Of timm alone."""
+    return timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay={"input_size": (3, 16, 16)})
+
+
+@pytest.fixture(scope="module")
+def stock(images, tmp_path_factory) -> Path:
+    """Fine-tuned for some steps by plain torch, saved by timm."""
+    torch.manual_seed(0)
+    model = stock_model().train()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for start in range(0, 440, 40):
+        batch = images["train"].__getitems__(list(range(start % 7, 444, 11)))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("stock") / "digits"
+    save_for_hf(model, str(folder), safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inspected(stock) -> tuple:
+    return inspect_classifier(str(stock), load_recipe(None, DIGITS))
+
+
+def test_the_numbers_are_those_of_the_features_in_memory(stock, images, inspected):
+    model = timm.create_model(f"local-dir:{stock}", pretrained=True).eval()
+    results, means = inspected
+    for name in ("train", "test"):
+        batch = images[name].__getitems__(list(range(len(images[name]))))
+        with torch.inference_mode():
+            features = model.forward_head(model.forward_features(batch["pixel_values"]), pre_logits=True).double()
+            logits = model(batch["pixel_values"])
+        labels = batch["labels"]
+        own = torch.stack([features[labels == k].mean(dim=0) for k in range(10)])
+        torch.testing.assert_close(means[name], own, rtol=1e-4, atol=1e-4)
+        centered = nn.functional.normalize(own - own.mean(dim=0), dim=1)
+        cosines = (centered @ centered.T)[~torch.eye(10, dtype=torch.bool)]
+        geometry = results["geometry"]["head"][name]
+        assert geometry["nc2_min_angle"] == pytest.approx(math.degrees(math.acos(cosines.max())), abs=0.05)
+        assert geometry["nc2_best_angle"] == pytest.approx(math.degrees(math.acos(-1 / 9)))
+        nearest = torch.cdist(features, own).argmin(dim=1)
+        agreement = (nearest == logits.argmax(dim=1)).double().mean().item()
+        assert geometry["nc4_agreement"] == pytest.approx(agreement, abs=2.5 / len(labels))
+    metrics = results["heads"]["head"]
+    right = (logits.argmax(dim=1) == labels).double()
+    assert metrics["accuracy"] == pytest.approx(right.mean().item(), abs=2.5 / len(labels))
+    assert {"accuracy_many", "accuracy_medium", "accuracy_few"} & set(metrics)
+
+
+def test_the_command_prints_and_draws_for_a_model_of_timm(stock, inspected, tmp_path):
+    command = [sys.executable, "-m", "nc_hf.inspect", str(stock), "--data", "digits", *DIGITS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "inspect-digits/results.json").read_text())
+    assert results["heads"]["head"]["per_class_accuracy"] == inspected[0]["heads"]["head"]["per_class_accuracy"]
+    smallest = inspected[0]["geometry"]["head"]["train"]["nc2_min_angle"]
+    (line,) = [line for line in done.stdout.splitlines() if "smallest angle of two means" in line]
+    assert line.split()[-2] == f"{smallest:.1f}°"
+    assert "96.4°" in done.stdout and "many" in done.stdout
+    pictures = {path.name for path in (tmp_path / "inspect-digits").iterdir()} - {"results.json"}
+    assert pictures == {f"{name}.{kind}" for name in ("classes", "angles", "norms") for kind in ("png", "svg")}
+    assert PIL.Image.open(tmp_path / "inspect-digits/angles.png").width == 1600
+    assert str(stock) not in (tmp_path / "inspect-digits/results.json").read_text()
+
+
+def test_each_head_of_a_folder_of_ours_is_measured(tmp_path):
+    torch.manual_seed(0)
+    model, heads = stock_model(), {}
+    for head in ("base", "crt"):
+        heads[head] = {"weight": torch.randn_like(model.fc.weight), "bias": torch.randn_like(model.fc.bias)}
+    save_pretrained(model, tmp_path / "two", heads=heads, active_head="base")
+    results, means = inspect_classifier(str(tmp_path / "two"), load_recipe(None, DIGITS))
+    assert set(results["heads"]) == set(results["geometry"]) == {"base", "crt"}
+    assert results["heads"]["base"]["per_class_accuracy"] != results["heads"]["crt"]["per_class_accuracy"]
+    gaps = {name: results["geometry"][name]["train"]["nc3_duality_gap"] for name in heads}
+    assert gaps["base"] != gaps["crt"]
+    assert set(means) == {"train", "test"}
+
+
+def test_data_that_cannot_be_the_models_are_refused():
+    model = stock_model()
+    with pytest.raises(ValueError, match="me/model has 10 classes, and the data have 3"):
+        check_classes(model, ["a", "b", "c"], "me/model")
+    names = [str(k) for k in range(10)]
+    model.pretrained_cfg = model.pretrained_cfg | {"label_names": names}
+    check_classes(model, names, "me/model")
+    check_classes(model, [f"digit {name}" for name in names], "me/model")
+    with pytest.raises(ValueError, match="another order: its class 0 is '0', and that of the data is '9'"):
+        check_classes(model, names[::-1], "me/model")
+
+
+def test_a_command_without_a_model_says_how_to_use_it():
+    with pytest.raises(SystemExit, match="python -m nc_hf.inspect <folder or Hub id>"):
+        main(["--data", "digits"])
+
+
+def test_geometry_that_the_data_do_not_define_is_a_dash():
+    table = geometry_table({"train": {"nc4_agreement": 0.5, "nc2_min_angle": 60.04}, "test": {"nc4_agreement": 1.0}})
+    header, angle, agreement = (line.split() for line in table.splitlines())
+    assert header == ["train", "test"]
+    assert angle[-2:] == ["60.0°", "-"]
+    assert agreement[-4:] == ["50.0", "%", "100.0", "%"]
+
+
+def test_options_with_one_or_more_values():
+    assert take_option(["--a", "1", "2", "--b", "3"], "--a") == (["1", "2"], ["--b", "3"])
+    assert take_option(["x", "--b=3", "--a=1"], "--b") == (["3"], ["x", "--a=1"])
+    assert take_option(["x"], "--a") == (None, ["x"])
+    with pytest.raises(SystemExit, match="--a needs a value"):
+        take_option(["--a", "--b", "3"], "--a")
