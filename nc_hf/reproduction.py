@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nc_hf.paper_tables import FIGURES, TABLES, Row, Setting
+from nc_hf.methods_table import METHODS_TABLE
+from nc_hf.paper_tables import FIGURES, Row, Setting
+from nc_hf.paper_tables import TABLES as PAPER_TABLES
 from nc_hf.recipe import Recipe, load_recipe, recipe_digest
 from nc_hf.results import read_results, write_results
 
 MEANS = "class_means"
+TABLES = {**PAPER_TABLES, "methods": METHODS_TABLE}
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 

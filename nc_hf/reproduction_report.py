@@ -24,7 +24,9 @@ def render_table(table: Table, setting: Setting, plans: dict[str, Plan]) -> str:
     """
     several = len(table.metrics) > 1
     numbers = ["paper", "ours", "difference"]
-    if several:
+    if not table.printed:
+        numbers = list(table.metrics.values())
+    elif several:
         numbers = [f"{title}: ours / paper (difference)" for title in table.metrics.values()]
     header = ["method", *numbers, "seeds", "epochs", "precision", "wall time", "protocol"]
     lines = [f"## {table.title}: {setting.title}", "", _line(header), _line(["---"] * len(header))]
@@ -35,7 +37,9 @@ def render_table(table: Table, setting: Setting, plans: dict[str, Plan]) -> str:
         cells = [_values(found, plan.row.head, metric) for metric in table.metrics]
         if values := _values(found, plan.row.head, "accuracy"):
             ours[name] = statistics.mean(values)
-        if several:
+        if not table.printed:
+            shown = [_mean(values) for values in cells]
+        elif several:
             shown = [_beside(values, paper) for values, paper in zip(cells, printed, strict=True)]
         else:
             shown = [_number(printed[0]), _mean(cells[0]), _difference(cells[0], printed[0])]

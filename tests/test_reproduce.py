@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nc_hf import load_classifier, paper_tables, save_pretrained
-from nc_hf.paper_tables import CIFAR10, CIFAR10_LT, FIGURES, TABLES, Row, Setting, Table
+from nc_hf import load_classifier, save_pretrained
+from nc_hf.paper_tables import CIFAR10, CIFAR10_LT, FIGURES, Row, Setting, Table
 from nc_hf.recipe import dump_recipe, load_recipe, recipe_digest
-from nc_hf.reproduction import Plan, collect_run, matching_precision, plan_of_run, plan_row
+from nc_hf.reproduction import TABLES, Plan, collect_run, matching_precision, plan_of_run, plan_row
 from nc_hf.reproduction_report import render_table
 from nc_hf.results import write_results
 
@@ -370,7 +370,7 @@ def test_from_nothing_to_a_table_with_real_runs(tmp_path, script, monkeypatch, c
     digits = Setting("digits-LT", "digits", None, "digits_lt")
     row = Row("short", recipe="nc_drw_crt", overrides=("--stage2", "null", "--stage1.drw_epoch", "null"))
     table = Table("Digits", (digits,), {"NC": row}, {"NC": ((99.0, None),)}, {"accuracy": "all", "noise 0.4": "noise"})
-    monkeypatch.setitem(paper_tables.TABLES, "table6", table)
+    monkeypatch.setitem(TABLES, "table6", table)
     command = ["table6", "--rows", "NC", "--epochs", "1", "--output", str(tmp_path / "out")]
     command += ["--results", str(tmp_path / "results"), "--cache_dir", str(tmp_path / "cache")]
     script.main(command)
