@@ -57,6 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="both trainers in bfloat16 instead of float32")
     parser.add_argument("--threads", type=int, default=0, help="of torch; its own choice when 0")
     parser.add_argument("--out", type=Path, default=Path("fine_tuning.json"))
     return parser.parse_args(arguments)
@@ -116,7 +117,10 @@ def fine_tune(kind: str, name: str, seed: int, train: Any, test: Any, options: a
         "report_to": "none",
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "bf16": options.bf16,
     }
+    if kind == "NCTrainer" and not options.bf16:
+        settings["precision"] = "fp32"
     arguments = TrainingArguments if kind == "Trainer" else NCTrainingArguments
     metrics = compute_metrics_for(train.class_counts, test_counts=test.class_counts)
     parts = {"train_dataset": train, "eval_dataset": test, "compute_metrics": metrics}
