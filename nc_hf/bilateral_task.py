@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nc_hf.models.bilateral import BilateralNetwork
-from nc_hf.task import ClassificationTask
+from nc_hf.task import ClassificationTask, Update
 
 
 def uniform_share(progress: Tensor | float) -> Tensor | float:
@@ -70,33 +70,18 @@ class BilateralTask(ClassificationTask):
         features, logits = self.features_and_logits(pixel_values)
         return features[:, : features.shape[1] // 2], logits
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        *,
-        partners: Tensor | None = None,
-        mixing: float | Tensor = 1.0,
-        update_counts: Tensor | None = None,
-        update_batches: int = 1,
-    ) -> dict[str, Tensor]:
-        """Loss and its terms in training; else as `ClassificationTask`.
+    def training_terms(self, pixel_values: Tensor, labels: Tensor, update: Update) -> tuple[dict[str, Tensor], Tensor]:
+        """The supervised loss of the mixed features, and the collapse terms of the uniform branch.
 
         Args:
-            pixel_values: (2 B, 3, H, W) in training, uniform draws in even rows and reversed ones in odd rows.
-            labels: (2 B,) integers in [0, K); None gives logits alone.
-            partners: must be None.
-            mixing: as of `ClassificationTask`; without effect.
-            update_counts: (K,) `counted_labels` of each class in the whole update divided by the number of processes;
-                those of this batch when None.
-            update_batches: number of batches accumulated in the update.
+            pixel_values: (2 B, 3, H, W), uniform draws in even rows and reversed ones in odd rows.
+            labels: (2 B,) integers in [0, K).
+            update: with the counts of `counted_labels`.
 
         Raises:
             ValueError: for mixed images, or an odd number of rows.
         """
-        if labels is None or not self.training:
-            return super().forward(pixel_values, labels)
-        if partners is not None:
+        if update.partners is not None:
             raise ValueError("BBN mixes features of two draws already: set mixup_alpha (and cutmix_alpha) to 0.")
         if len(labels) % 2:
             raise ValueError(
@@ -104,14 +89,11 @@ class BilateralTask(ClassificationTask):
                 "even batch size, with dataloader_drop_last."
             )
         uniform_labels, reversed_labels = labels[0::2], labels[1::2]
-        if update_counts is None:
-            update_counts = torch.bincount(uniform_labels, minlength=self.num_classes)
-        update_counts, alpha = update_counts.to(torch.float32), uniform_share(self.progress)
+        alpha = uniform_share(self.progress)
         uniform = self.classifier.branch_features(pixel_values[0::2], "uniform")
         other = self.classifier.branch_features(pixel_values[1::2], "reversed")
         logits = self.head(2 * torch.cat([alpha * uniform, (1 - alpha) * other], dim=1))
         # Two labels of one mixed feature, as in mixup.
-        terms = {"supervised": self._supervised_term(logits, uniform_labels, reversed_labels, alpha, update_counts)}
-        if self.collapse is not None and self.collapse_active:
-            terms |= self._collapse_terms(uniform, uniform_labels, None, 1.0, update_counts, update_batches)
-        return {"loss": sum(terms.values()), "logits": logits, **{f"loss_{name}": t for name, t in terms.items()}}
+        mixed = update._replace(partners=reversed_labels, mixing=alpha)
+        terms = {"supervised": self.supervised_term(logits, uniform_labels, mixed)}
+        return terms | self.collapse_terms(uniform, uniform_labels, update), logits

@@ -22,7 +22,7 @@ from nc_hf.losses.contrastive import (
 )
 from nc_hf.models.classifier import FeatureTap
 from nc_hf.sampling import mix_seeds
-from nc_hf.task import ClassificationTask
+from nc_hf.task import ClassificationTask, Update
 
 ContrastiveMethod = Literal["fcl", "kcl", "tsc"]
 
@@ -200,51 +200,30 @@ class ContrastiveTask(ClassificationTask):
             self.targets = ClassTargets(num_classes, settings.dimension, settings.seed, generator)
         self.register_buffer("batches_seen", torch.tensor(0))
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        *,
-        partners: Tensor | None = None,
-        mixing: float | Tensor = 1.0,
-        update_counts: Tensor | None = None,
-        update_batches: int = 1,
-    ) -> dict[str, Tensor]:
-        """Loss and its terms in training; else as `ClassificationTask`.
+    def training_terms(self, pixel_values: Tensor, labels: Tensor, update: Update) -> tuple[dict[str, Tensor], Tensor]:
+        """The contrastive loss, TSC's targets, and the collapse terms.
 
         Args:
-            pixel_values: (2B, 3, H, W) in training, views of one image in neighboring rows.
-            labels: (2B,) integers in [0, K); None gives logits alone.
-            partners: must be None.
-            mixing: as of `ClassificationTask`; without effect.
-            update_counts: (K,) rows of each class in the whole update divided by the number of processes; those of
-                this batch when None.
-            update_batches: number of batches accumulated in the update.
+            pixel_values: (2B, 3, H, W), views of one image in neighboring rows.
+            labels: (2B,) integers in [0, K).
+            update: with the counts of all rows.
 
         Raises:
             ValueError: for mixed images, rows that are not pairs of one label, or more keys than the queue holds.
         """
-        if labels is None or not self.training:
-            return super().forward(pixel_values, labels)
-        _check_pairs(labels, partners)
-        if update_counts is None:
-            update_counts = torch.bincount(labels, minlength=self.num_classes)
-        update_counts = update_counts.to(torch.float32)
-        share = len(labels) / update_counts.sum()
+        _check_pairs(labels, update.partners)
+        share = len(labels) / update.counts.sum()
         if self.settings.method == "fcl":
             features, logits = self.features_and_logits(pixel_values)
             terms = {"contrastive": self._loss_of_all_views(features, labels)}
         else:
             features, logits = self.features_and_logits(pixel_values[0::2])
-            labels, update_counts = labels[0::2], update_counts / 2
-            self._follow(self.settings.momentum ** (1 / update_batches))
+            labels, update = labels[0::2], update._replace(counts=update.counts / 2)
+            self._follow(self.settings.momentum ** (1 / update.batches))
             terms = self._queue_terms(features, self._keys(pixel_values[1::2]), labels)
         terms = {name: share * term for name, term in terms.items()}
-        if self.collapse is not None and self.collapse_active:
-            terms |= self._collapse_terms(features, labels, None, 1.0, update_counts, update_batches)
         # DDP must not take the head for a part of the loss, which it would conclude from logits with a graph.
-        logits = logits.detach()
-        return {"loss": sum(terms.values()), "logits": logits, **{f"loss_{name}": t for name, t in terms.items()}}
+        return terms | self.collapse_terms(features, labels, update), logits.detach()
 
     def _loss_of_all_views(self, features: Tensor, labels: Tensor) -> Tensor:
         vectors = gather_with_gradient(unit_rows(self.projector(features)))

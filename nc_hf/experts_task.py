@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nc_hf.losses.experts import class_temperatures, diversity
 from nc_hf.models.experts import ExpertsNetwork, unit
-from nc_hf.task import ClassificationTask
+from nc_hf.task import ClassificationTask, Update
 
 
 class ExpertsTask(ClassificationTask):
@@ -75,33 +75,12 @@ class ExpertsTask(ClassificationTask):
         features = self.classifier.expert_features(pixel_values)
         return features.flatten(1), self.head(unit(features).flatten(1))
 
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        *,
-        partners: Tensor | None = None,
-        mixing: float | Tensor = 1.0,
-        update_counts: Tensor | None = None,
-        update_batches: int = 1,
-    ) -> dict[str, Tensor]:
-        """Loss and its terms in training; else as `ClassificationTask`, whose arguments these are."""
-        if labels is None or not self.training:
-            return super().forward(pixel_values, labels)
-        if update_counts is None:
-            update_counts = torch.bincount(labels, minlength=self.num_classes)
-        update_counts = update_counts.to(torch.float32)
+    def training_terms(self, pixel_values: Tensor, labels: Tensor, update: Update) -> tuple[dict[str, Tensor], Tensor]:
+        """The supervised loss of every expert, what drives them apart, and the collapse terms of each."""
         features = self.classifier.expert_features(pixel_values)
         expert_logits = self.head.expert_logits(unit(features))
-        supervised = [
-            self._supervised_term(logits, labels, partners, mixing, update_counts)
-            for logits in expert_logits.unbind(1)
-        ]
-        terms = {"supervised": sum(supervised)}
+        terms = {"supervised": sum(self.supervised_term(logits, labels, update) for logits in expert_logits.unbind(1))}
         if self.diversity_factor:
             apart = diversity(expert_logits, self.temperatures[int(self.weighting_active)])
-            terms["diversity"] = self.diversity_factor * apart.sum() / update_counts.sum()
-        if self.collapse is not None and self.collapse_active:
-            terms |= self._collapse_terms(features.flatten(1), labels, partners, mixing, update_counts, update_batches)
-        logits = expert_logits.mean(dim=1)
-        return {"loss": sum(terms.values()), "logits": logits, **{f"loss_{name}": t for name, t in terms.items()}}
+            terms["diversity"] = self.diversity_factor * apart.sum() / update.counts.sum()
+        return terms | self.collapse_terms(features.flatten(1), labels, update), expert_logits.mean(dim=1)

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
+
+
+class Update(NamedTuple):
+    """What a batch must know of the update that it is a part of.
+
+    Attributes:
+        counts: (K,) float32, images of each class in the update divided by the number of processes.
+        batches: number of batches accumulated.
+        partners: (B,) the second labels of mixed-up images, or None.
+        mixing: the mixup coefficient of the first labels.
+    """
+
+    counts: Tensor
+    batches: int = 1
+    partners: Tensor | None = None
+    mixing: float | Tensor = 1.0
 
 
 class ClassificationTask(nn.Module):
@@ -136,51 +154,58 @@ class ClassificationTask(nn.Module):
                 this batch when None.
             update_batches: number of batches accumulated in the update.
         """
-        features, logits = self.features_and_logits(pixel_values)
-        if labels is None:
-            return {"logits": logits}
-        if not self.training:
-            return {"loss": self.supervised(logits, labels).mean(), "logits": logits}
+        if labels is None or not self.training:
+            _, logits = self.features_and_logits(pixel_values)
+            return {"logits": logits} | ({} if labels is None else {"loss": self.supervised(logits, labels).mean()})
         if update_counts is None:
-            update_counts = torch.bincount(labels, minlength=self.num_classes)
-        update_counts = update_counts.to(torch.float32)
-        terms = {"supervised": self._supervised_term(logits, labels, partners, mixing, update_counts)}
-        if self.collapse is not None and self.collapse_active:
-            terms |= self._collapse_terms(features, labels, partners, mixing, update_counts, update_batches)
+            update_counts = torch.bincount(self.counted_labels(labels), minlength=self.num_classes)
+        update = Update(update_counts.to(torch.float32), update_batches, partners, mixing)
+        terms, logits = self.training_terms(pixel_values, labels, update)
         return {"loss": sum(terms.values()), "logits": logits, **{f"loss_{name}": t for name, t in terms.items()}}
 
-    def _supervised_term(
-        self, logits: Tensor, labels: Tensor, partners: Tensor | None, mixing: float | Tensor, update_counts: Tensor
-    ) -> Tensor:
+    def training_terms(self, pixel_values: Tensor, labels: Tensor, update: Update) -> tuple[dict[str, Tensor], Tensor]:
+        """What training minimizes: the one method that another objective has of its own.
+
+        Args:
+            pixel_values: (B, 3, H, W).
+            labels: (B,) integers in [0, K).
+            update: that the batch is a part of.
+
+        Returns:
+            This batch's share of each term of the loss, by name, and the logits (B, K).
+        """
+        features, logits = self.features_and_logits(pixel_values)
+        terms = {"supervised": self.supervised_term(logits, labels, update)}
+        return terms | self.collapse_terms(features, labels, update), logits
+
+    def supervised_term(self, logits: Tensor, labels: Tensor, update: Update) -> Tensor:
+        """The class-weighted mean of the supervised loss over an update: this batch's share, a scalar."""
         # mixup permutes the images of the update, so first and second labels have the same counts.
         weights = self.class_weights if self.weighting_active else torch.ones_like(self.class_weights)
-        total = (weights * update_counts).sum()
-        loss = (weights[labels] * self.supervised(logits, labels, update_counts)).sum() / total
-        if partners is None:
+        total = (weights * update.counts).sum()
+        loss = (weights[labels] * self.supervised(logits, labels, update.counts)).sum() / total
+        if update.partners is None:
             return loss
-        partners_loss = (weights[partners] * self.supervised(logits, partners, update_counts)).sum() / total
-        return mixing * loss + (1 - mixing) * partners_loss
+        partners = update.partners
+        partners_loss = (weights[partners] * self.supervised(logits, partners, update.counts)).sum() / total
+        return update.mixing * loss + (1 - update.mixing) * partners_loss
 
-    def _collapse_terms(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        partners: Tensor | None,
-        mixing: float | Tensor,
-        update_counts: Tensor,
-        update_batches: int,
-    ) -> dict[str, Tensor]:
+    def collapse_terms(self, features: Tensor, labels: Tensor, update: Update) -> dict[str, Tensor]:
+        """The two weighted feature terms: this batch's share; none before their epoch."""
+        if self.collapse is None or not self.collapse_active:
+            return {}
+        partners = update.partners
         if partners is not None and self.mixup_rule == "dominant":
-            labels = torch.where(torch.as_tensor(mixing, device=labels.device) >= 0.5, labels, partners)
+            labels = torch.where(torch.as_tensor(update.mixing, device=labels.device) >= 0.5, labels, partners)
         terms = self.collapse(
             features,
             labels,
             partner_labels=partners if self.mixup_rule == "weighted" else None,
-            mixing=mixing,
-            class_counts=update_counts if self.within_counts is None else self.within_counts,
+            mixing=update.mixing,
+            class_counts=update.counts if self.within_counts is None else self.within_counts,
         )
         if "between" in terms:  # whole in every accumulated batch, unlike sums over images
-            terms["between"] = terms["between"] / update_batches
+            terms["between"] = terms["between"] / update.batches
         return terms
 
     def activation_checkpointing_enable(
