@@ -18,7 +18,8 @@ OURS_ALONE = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTEST_")  # settings of this 
 def test_pushes_and_pulls(mode):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS_ALONE)}
     environment |= {"NC_HF_HUB_MODE": mode, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name("hub"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command.append(str(Path(__file__).with_name("hub")))
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **output)
     try:
