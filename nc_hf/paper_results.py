@@ -17,6 +17,17 @@ TABLE3 = {
 }
 
 
+LOSSES = {
+    "ce": "CE",
+    "mse": "MSE",
+    "ldam": "LDAM",
+    "arb": "ARB-Loss",
+    "logit_adjustment": "Logit Adjust",
+    "dot_regression": "ETF classifier+DR",
+}
+HEADS = {"crt": "cRT", "lws": "LWS"}
+
+
 def method_name(recipe: Recipe, head: str = "base") -> str:
     """The paper's name of a recipe's method, such as `NC-DRW-cRT`.
 
@@ -24,18 +35,42 @@ def method_name(recipe: Recipe, head: str = "base") -> str:
         recipe: of the run.
         head: `"base"` of stage one, or another one, whose name is added.
     """
-    stage, parts = recipe.stage1, []
+    stage, second, parts = recipe.stage1, recipe.stage2 or {}, []
     if stage is not None:
-        within, between = stage["within_weight"] > 0, stage["between_weight"] > 0
-        loss = {"ce": "CE", "mse": "MSE"}.get(stage["loss"], stage["loss"])
-        parts.append("NC" if within and between else loss + "+L_W" * within + "+L_B" * between)
-        if stage["sampler"] != "instance":
+        parts.append(_learner(recipe) + _terms(stage))
+        if parts[0] == "CE+NC":
+            parts = ["NC"]
+        if stage["sampler"] not in ("instance", "two_views", "bilateral"):
             parts.append("RS")
-        if stage["class_weighting"] != "none":
+        if stage["class_weighting"] != "none" and stage["objective"] == "classification":
             parts.append("RW" if stage["drw_epoch"] is None else "DRW")
-    if head != "base":
-        parts.append({"crt": "cRT"}.get(head, head))
+    if head == "lws" and second.get("loss") == "label_aware_smoothing":
+        return "MiSLAS" + "+NC" * (parts[:1] == ["NC"])
+    if stage and stage["objective"] == "contrastive":  # which stage two alone teaches to classify
+        parts += ["untrained head"] if head == "base" else []
+    elif head != "base":
+        parts.append(HEADS.get(head, head))
     return "-".join(parts)
+
+
+def _learner(recipe: Recipe) -> str:
+    """What stage one learns by, without the terms."""
+    stage = recipe.stage1
+    if stage["objective"] == "experts":
+        return f"RIDE ({recipe.model.model_args.get('num_experts', 3)} experts)"
+    if stage["objective"] == "bilateral":
+        return "BBN"
+    if stage["objective"] == "contrastive":
+        return stage["objective_settings"].get("method", "contrastive").upper()
+    return LOSSES.get(stage["loss"], stage["loss"])
+
+
+def _terms(stage: Mapping[str, Any]) -> str:
+    within, between = stage["within_weight"] > 0, stage["between_weight"] > 0
+    pull = "+Center Loss" if stage["within_reduction"] == "images" else "+L_W"
+    if within and between and pull == "+L_W":
+        return "+NC"
+    return pull * within + "+L_B" * between
 
 
 def paper_accuracy(results: Mapping[str, Any], head: str) -> float | None:

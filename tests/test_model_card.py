@@ -221,6 +221,24 @@ def test_methods_have_the_papers_names(settings, name):
     assert method_name(recipe, "crt") == f"{name}-cRT"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "head", "name"),
+    [
+        ("mislas", "lws", "MiSLAS"),
+        ("bbn", "base", "BBN"),
+        ("kcl", "crt", "KCL"),
+        ("kcl", "base", "KCL-untrained head"),
+        ("ldam_drw", "base", "LDAM-DRW"),
+        ("arb", "base", "ARB-Loss"),
+        ("nc_ride", "base", "RIDE (3 experts)+NC"),
+        ("center_loss", "base", "CE+Center Loss-DRW"),
+        ("ce_crt", "lws", "CE-LWS"),
+    ],
+)
+def test_recipes_have_the_papers_names(recipe, head, name):
+    assert method_name(load_recipe(ROOT / f"recipes/cifar10_lt/{recipe}.yaml"), head) == name
+
+
 def test_the_papers_table_is_the_printed_one(shared):
     printed = json.loads((shared / "paper_tables.json").read_text())["table3_cifar_lt_top1"]
     for (dataset, ratio), rows in TABLE3.items():
