@@ -90,6 +90,7 @@ def photographs(split: Any, size: int, augmented: bool) -> Any:
 
 def fine_tune(kind: str, name: str, seed: int, train: Any, test: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Train one network with one of the trainers: accuracies, and the mean terms of the last epoch."""
+    import torch
     from transformers import Trainer, TrainingArguments, set_seed
     from transformers.models.timm_wrapper import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -118,6 +119,7 @@ def fine_tune(kind: str, name: str, seed: int, train: Any, test: Any, options: a
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "bf16": options.bf16,
+        "use_cpu": not torch.accelerator.is_available(),
     }
     if kind == "NCTrainer" and not options.bf16:
         settings["precision"] = "fp32"
