@@ -12,6 +12,7 @@ from typing import Any
 import nc_hf.models.bilateral
 import nc_hf.models.cifar_resnet
 import nc_hf.models.experts
+import nc_hf.models.experts_imagenet
 import nc_hf.models.headed  # noqa: F401
 
 __version__ = "0.1.0"

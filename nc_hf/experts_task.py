@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nc_hf.losses.experts import class_temperatures, diversity
-from nc_hf.models.experts import ExpertsNetwork, unit
+from nc_hf.models.experts import Experts, unit
 from nc_hf.task import ClassificationTask, Update
 
 
@@ -38,7 +38,7 @@ class ExpertsTask(ClassificationTask):
 
     def __init__(
         self,
-        model: ExpertsNetwork,
+        model: Experts,
         head_name: str,
         num_classes: int,
         *,
@@ -49,7 +49,7 @@ class ExpertsTask(ClassificationTask):
         temperature: float = 1.0,
         **settings: Any,
     ) -> None:
-        if not isinstance(model, ExpertsNetwork):
+        if not isinstance(model, Experts):
             raise ValueError(
                 f"RIDE needs a network of experts such as resnet32_ride_cifar, got {type(model).__name__}."
             )

@@ -18,7 +18,7 @@ from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.losses.experts import ExpertsCollapseLoss
 from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.classifier import feature_dim, find_head
-from nc_hf.models.experts import ExpertsNetwork
+from nc_hf.models.experts import Experts
 from nc_hf.models.normalized_heads import check_head_for
 from nc_hf.rebalancing import class_weights
 from nc_hf.task import ClassificationTask
@@ -111,7 +111,7 @@ def _own_settings(objective: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _check_network(model: nn.Module, objective: str) -> None:
     """Networks of several branches learn by an objective of their own."""
-    wanted = {ExpertsNetwork: "experts", BilateralNetwork: "bilateral"}
+    wanted = {Experts: "experts", BilateralNetwork: "bilateral"}
     own = next((name for kind, name in wanted.items() if isinstance(model, kind)), None)
     if own is not None and objective != own:
         raise ValueError(f"{type(model).__name__} learns by `objective: {own}`, got {objective!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,11 +64,66 @@ class ExpertsHead(nn.Module):
             return F.linear(features, self.weight.to(features.dtype))
 
 
-class ExpertsNetwork(CifarResNet):
-    """A CIFAR ResNet whose first stage is shared by experts with later stages of their own, narrower than usual.
+class Experts(nn.Module):
+    """A network of experts, whatever its layers: a mixin before the class of the stages that experts share.
 
-    Its logits are the mean over experts, always of all of them; `nc_hf.models.routing.routed` stops early. Features,
-    the input of the head, are the unit features of all experts side by side, P_total = E P.
+    That class has timm's interface, `conv1` and `fc`; its `forward_features` makes the map that all experts see. The
+    logits are the mean over experts, always of all of them; `nc_hf.models.routing.routed` stops early. Features, the
+    input of the head, are the unit features of all experts side by side, P_total = E P.
+    """
+
+    def _add_experts(
+        self, num_experts: int, new_expert: Callable[[], nn.Module], feature_dim: int, scale: float, routing: bool
+    ) -> None:
+        """The experts, without a head."""
+        if num_experts < 2:
+            raise ValueError(f"`num_experts` must be at least 2, got {num_experts}. RIDE has 2, 3 or 4.")
+        self.num_experts, self.scale, self.with_routing = num_experts, scale, routing
+        self.num_features = self.head_hidden_size = num_experts * feature_dim
+        self.experts = nn.ModuleList(new_expert() for _ in range(num_experts))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head with `num_classes` outputs, and new gates; 0 removes both."""
+        self.num_classes, width = num_classes, self.num_features // self.num_experts
+        head = ExpertsHead(self.num_experts, width, num_classes, self.scale) if num_classes else nn.Identity()
+        self.fc = head.to(self.conv1.weight)
+        self.routing = None
+        if self.with_routing and num_classes:
+            self.routing = RoutingGates(self.num_experts, width, num_classes).to(self.conv1.weight)
+            self.routing.requires_grad_(False)  # not a part of the network's own training
+
+    def shared_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the feature map that all experts see (B, C, H', W')."""
+        return super().forward_features(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the experts' last feature maps side by side (B, E P, H', W')."""
+        x = self.shared_features(x)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return torch.cat([checkpoint(expert, x, use_reentrant=False) for expert in self.experts], dim=1)
+        return torch.cat([expert(x) for expert in self.experts], dim=1)
+
+    def expert_outputs(self, number: int, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit features (B, P) and logits (B, K) of one expert, from `shared_features`."""
+        features = unit(self._pool(self.experts[number](shared)))
+        with torch.autocast(features.device.type, enabled=False):
+            return features, self.scale * F.linear(features, unit(self.fc.directions[number]).to(features.dtype))
+
+    def expert_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the pooled features of each expert (B, E, P), not normalized."""
+        return self._pool(self.forward_features(x)).unflatten(1, (self.num_experts, -1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature maps to logits (B, K), or to the head's input (B, E P)."""
+        x = unit(self._pool(x).unflatten(1, (self.num_experts, -1))).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.dropout(x.mean(dim=(2, 3)), self.drop_rate, self.training)
+
+
+class ExpertsNetwork(Experts, CifarResNet):
+    """A CIFAR ResNet whose first stage is shared by experts with later stages of their own, narrower than usual.
 
     Args:
         depths: blocks of each stage.
@@ -95,55 +151,12 @@ class ExpertsNetwork(CifarResNet):
         in_chans: int = 3,
         drop_rate: float = 0.0,
     ) -> None:
-        if num_experts < 2:
-            raise ValueError(f"`num_experts` must be at least 2, got {num_experts}. RIDE has 2, 3 or 4.")
         super().__init__(depths[:1], widths[:1], num_classes=0, in_chans=in_chans, drop_rate=drop_rate)
-        self.num_experts, self.scale, self.with_routing = num_experts, scale, routing
-        self.num_features = self.head_hidden_size = num_experts * widths[-1]
-        self.experts = nn.ModuleList(_later_stages(depths, widths) for _ in range(num_experts))
+        self._add_experts(num_experts, lambda: _later_stages(depths, widths), widths[-1], scale, routing)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         self.reset_classifier(num_classes)
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head with `num_classes` outputs, and new gates; 0 removes both."""
-        self.num_classes, width = num_classes, self.num_features // self.num_experts
-        head = ExpertsHead(self.num_experts, width, num_classes, self.scale) if num_classes else nn.Identity()
-        self.fc = head.to(self.conv1.weight)
-        self.routing = None
-        if self.with_routing and num_classes:
-            self.routing = RoutingGates(self.num_experts, width, num_classes).to(self.conv1.weight)
-            self.routing.requires_grad_(False)  # not a part of the network's own training
-
-    def shared_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the feature map that all experts see (B, widths[0], H, W)."""
-        return super().forward_features(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the experts' last feature maps side by side (B, E P, H / 4, W / 4)."""
-        x = self.shared_features(x)
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return torch.cat([checkpoint(expert, x, use_reentrant=False) for expert in self.experts], dim=1)
-        return torch.cat([expert(x) for expert in self.experts], dim=1)
-
-    def expert_outputs(self, number: int, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit features (B, P) and logits (B, K) of one expert, from `shared_features`."""
-        features = unit(super().forward_head(self.experts[number](shared), pre_logits=True))
-        with torch.autocast(features.device.type, enabled=False):
-            return features, self.scale * F.linear(features, unit(self.fc.directions[number]).to(features.dtype))
-
-    def expert_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the pooled features of each expert (B, E, P), not normalized."""
-        return self._pool(self.forward_features(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature maps to logits (B, K), or to the head's input (B, E P)."""
-        x = unit(self._pool(x)).flatten(1)
-        return x if pre_logits else self.fc(x)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return super().forward_head(x, pre_logits=True).unflatten(1, (self.num_experts, -1))
 
 
 def _later_stages(depths: tuple[int, ...], widths: tuple[int, ...]) -> nn.Sequential:

@@ -15,7 +15,7 @@ from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, long_tail_ac
 from nc_hf.sampling import EpochSampler
 
 if TYPE_CHECKING:
-    from nc_hf.models.experts import ExpertsNetwork
+    from nc_hf.models.experts import Experts
 
 TOP_LOGITS = 30
 HIDDEN = 16
@@ -89,7 +89,7 @@ def routing_loss(gates: RoutingGates, features: Tensor, expert_logits: Tensor, l
 
 
 def train_routing(
-    model: ExpertsNetwork,
+    model: Experts,
     dataset: Dataset,
     *,
     epochs: int = 5,
@@ -104,7 +104,7 @@ def train_routing(
     configuration. Draws follow from the seed, so every process may call this and ends with the same gates.
 
     Args:
-        model: a trained `ExpertsNetwork` made with `routing=True`; on the device to train on.
+        model: a trained `Experts` made with `routing=True`; on the device to train on.
         dataset: training images, as for `NCTrainer`.
         epochs: passes.
         learning_rate: at the start.
@@ -151,7 +151,7 @@ def train_routing(
 
 
 @torch.no_grad()
-def routed(model: ExpertsNetwork, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+def routed(model: Experts, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Logits with early stopping: later experts run only on the images that their gates send on.
 
     Args:
@@ -178,7 +178,7 @@ def routed(model: ExpertsNetwork, pixel_values: Tensor) -> tuple[Tensor, Tensor]
 
 
 def evaluate_routing(
-    model: ExpertsNetwork,
+    model: Experts,
     batches: Iterable[dict[str, Tensor]],
     class_counts: Sequence[int],
     *,
@@ -188,7 +188,7 @@ def evaluate_routing(
     """Accuracies with early stopping, and the mean number of experts that an image took.
 
     Args:
-        model: an `ExpertsNetwork` with trained gates.
+        model: an `Experts` with trained gates.
         batches: of `pixel_values` (B, 3, H, W) and `labels` (B,), usually the test split.
         class_counts: (K,) training images per class, which say what is many, medium and few.
         few_below: classes with fewer training images are few.
@@ -220,7 +220,7 @@ def evaluate_routing(
 
 
 @torch.no_grad()
-def _expert_outputs(model: ExpertsNetwork, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+def _expert_outputs(model: Experts, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Unit features (B, E, P) and logits (B, E, K) of all experts."""
     shared = model.shared_features(pixel_values)
     outputs = [model.expert_outputs(e, shared) for e in range(model.num_experts)]
@@ -228,7 +228,7 @@ def _expert_outputs(model: ExpertsNetwork, pixel_values: Tensor) -> tuple[Tensor
     return features, logits
 
 
-def _gates(model: ExpertsNetwork) -> RoutingGates:
+def _gates(model: Experts) -> RoutingGates:
     if getattr(model, "routing", None) is None:
         raise ValueError(
             f"{type(model).__name__} has no gates that could route its images. Create the model with routing=True "
