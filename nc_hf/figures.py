@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
 from nc_hf.metrics.angles import best_angle, pairwise_angles
@@ -233,6 +233,7 @@ def _log_scale(ax: Axes, numbers: str) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(StrMethodFormatter(numbers))
     low, high = ax.get_ylim()
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # all nine would run into each other
     ax.yaxis.set_minor_formatter(StrMethodFormatter(numbers) if high < 10 * low else NullFormatter())
 
 

@@ -9,10 +9,10 @@ TERMS += ("--stage1.within_weight", "0.01", "--stage1.between_weight", "0.1")  #
 
 # Printed name to recipe and head; heads of one recipe come from one run.
 METHODS = {
-    "CE": ("ce", "base"),
+    "CE": ("ce_crt", "base"),
     "CE-RS": ("ce_rs", "base"),
     "CE-RW": ("ce_rw", "base"),
-    "CE-DRW": ("ce_drw", "base"),
+    "CE-DRW": ("ce_drw_crt", "base"),
     "MSE": ("mse", "base"),
     "label smoothing": ("label_smoothing", "base"),
     "focal": ("focal", "base"),
