@@ -91,7 +91,8 @@ def train_on_cached_features(
     alone = _HeadOnly(head).to(args.device)
     cached = CachedFeatures(torch.stack(views), labels, np.bincount(labels, minlength=trainer.task.num_classes))
     head_args = copy.copy(args)
-    head_args.eval_strategy = IntervalStrategy.NO  # the head alone cannot take images
+    # The head alone cannot take images, and is no classifier to push.
+    head_args.eval_strategy, head_args.eval_on_start, head_args.push_to_hub = IntervalStrategy.NO, False, False
     head_trainer = make_trainer(alone, head_args, train_dataset=cached, head="head", callbacks=trainer.user_callbacks)
     head_trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     head_trainer.finish_head()

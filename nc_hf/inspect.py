@@ -144,7 +144,7 @@ def check_classes(model: nn.Module, names: Sequence[str], source: str) -> None:
     if hasattr(model, "pretrained_cfg"):
         number, own = model.num_classes, model.pretrained_cfg.get("label_names")
     else:
-        number, own = model.config.num_labels, list(model.config.id2label.values())
+        number, own = model.config.num_labels, [name for _, name in sorted(model.config.id2label.items())]
     if number != len(names):
         raise ValueError(f"{source} has {number} classes, and the data have {len(names)}. Choose its own data set.")
     if own and set(own) == set(names) and list(own) != list(names):

@@ -146,12 +146,15 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
         parts["batch"] = f"batch {stage['per_device_train_batch_size'] * (stage['expected_processes'] or 1)}"
         parts["optimizer"] = f"{stage['optim']} {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}"
         parts["mixup"] = f"mixup {stage['mixup_alpha']:g}"
+        if stage["cutmix_alpha"]:
+            parts["cutmix"] = f"CutMix {stage['cutmix_alpha']:g}"
         parts["loss"] = f"loss {stage['loss']}"
         if stage["sampler"] != "instance":
             parts["sampler"] = f"{stage['sampler']} sampling"
         if stage["class_weighting"] != "none":
-            start = "" if stage["drw_epoch"] is None else f" from {stage['drw_epoch']:g} of the run"
-            parts["weighting"] = f"{stage['class_weighting']} weights{start}"
+            parts["weighting"] = f"{stage['class_weighting']} weights"
+            if (start := stage["drw_epoch"]) is not None:
+                parts["weighting"] += f" from {start:g} of the run" if 0 < start < 1 else f" from epoch {start:g}"
         terms = {"L_W": stage["within_weight"], "L_B": stage["between_weight"]}
         if any(terms.values()):
             weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.items() if weight)

@@ -16,6 +16,7 @@ from nc_hf.cached_features import train_on_cached_features
 from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, nearest_class_mean, tau_normalized
 from nc_hf.models.classifier import find_head, freeze_backbone, reset_head
 from nc_hf.models.headed import replace_head
+from nc_hf.models.normalized_heads import CosineHead, ETFHead
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
 from nc_hf.schedule import move_to_own_group
 from nc_hf.trainer import NCTrainer
@@ -34,6 +35,9 @@ class HeadTrainer(NCTrainer):
 
     def __init__(self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any):
         self._hook, (_, layer) = None, find_head(model, head=kwargs.get("head"))
+        self._radius = None
+        if args.max_norm_threshold is not None:  # not with the optimizer: a resumed run has other weights by then
+            self._radius = max_norm_radius(layer.weight.detach(), args.max_norm_threshold)
         if learns_scales:
             layer.scale = nn.Parameter(torch.ones(len(layer.weight), device=layer.weight.device))
             self._hook = layer.register_forward_hook(_multiply_by_scale)
@@ -51,9 +55,8 @@ class HeadTrainer(NCTrainer):
             for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
                 settings = {"lr": factor * self.args.learning_rate, "weight_decay": self.args.weight_decay}
                 move_to_own_group(optimizer, parameter, **settings)
-        if fresh and self.args.max_norm_threshold is not None:
-            radius = max_norm_radius(layer.weight.detach(), self.args.max_norm_threshold)
-            optimizer.register_step_post_hook(lambda *_: project_rows(layer.weight, radius))
+        if fresh and self._radius is not None:
+            optimizer.register_step_post_hook(lambda *_: project_rows(layer.weight, self._radius))
         return optimizer
 
     def finish_head(self) -> None:
@@ -115,12 +118,13 @@ def retrain_classifier(
         dict of each new head by name.
 
     Raises:
-        ValueError: as `NCTrainer`.
+        ValueError: as `NCTrainer` and `check_heads`.
         RuntimeError: should the backbone have changed.
     """
     head_name, layer = find_head(model, head=head)
+    check_heads(layer, args)
     if not isinstance(layer, nn.Linear | nn.Conv2d):
-        layer = _linear_in_its_place(model, layer, args)
+        layer = replace_head(model, "linear")
     base = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
     kwargs |= {"train_dataset": train_dataset, "head": head_name}
@@ -144,8 +148,27 @@ def retrain_classifier(
     return trainer
 
 
-def _linear_in_its_place(model: nn.Module, layer: nn.Module, args: RetrainingArguments) -> nn.Module:
-    """A linear head for a backbone that was trained with a cosine or ETF head."""
+def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
+    """Refuse new heads that cannot follow a trained one, which is known before anything is trained.
+
+    Args:
+        layer: the head of stage one. A cosine or ETF head can be replaced by a linear one, not gone on from.
+        args: of stage two.
+
+    Raises:
+        ValueError: for heads that need a linear one, or a bias that the head does not have; and for experts.
+    """
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        biased = [name for name in args.heads if name in ("ncm", "least_squares", "logit_adjusted")]
+        if biased and layer.bias is None:
+            raise ValueError(
+                f"`heads: {biased}` need a bias, which the model's last layer does not have. Leave them out."
+            )
+        return
+    if not isinstance(layer, CosineHead | ETFHead):
+        raise ValueError(
+            f"stage two cannot replace a {type(layer).__name__} by a linear head. Leave stage two out (stage2: null)."
+        )
     reused = [name for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
     if reused or ("crt" in args.heads and args.head_init == "keep"):
         what = f"heads: {reused}" if reused else "head_init: keep"
@@ -153,7 +176,6 @@ def _linear_in_its_place(model: nn.Module, layer: nn.Module, args: RetrainingArg
             f"`{what}` goes on from a linear head, and stage one's is a {type(layer).__name__}. "
             "Use crt with head_init: new, ncm or least_squares."
         )
-    return replace_head(model, "linear")
 
 
 def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> dict[str, Tensor]:
@@ -207,9 +229,10 @@ def _computed_heads(
     weight = layer.weight.detach().flatten(1).double().cpu()
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().cpu()
     base = LinearHead(weight, bias)
+    prior = counts if trainer.class_counts is None else trainer.class_counts
     by_tau = {
         "tau_norm": lambda tau: tau_normalized(weight, tau),
-        "logit_adjusted": lambda tau: logit_adjusted(base, trainer.class_counts, tau),
+        "logit_adjusted": lambda tau: logit_adjusted(base, prior, tau),
     }
     heads = {}
     for name in names:
@@ -233,8 +256,4 @@ def _state_of(linear: LinearHead, layer: nn.Module) -> dict[str, Tensor]:
     state = {"weight": linear.weight.to(layer.weight).view_as(layer.weight)}
     if layer.bias is not None:
         state["bias"] = linear.bias.to(layer.bias)
-    elif linear.bias.abs().max() > 0:
-        raise ValueError(
-            "this head needs a bias, which the model's last layer does not have. Leave it out of `heads`."
-        )
     return state

@@ -52,6 +52,7 @@ class EpochSampler(Sampler):
         num_epochs: of the run; `"progressive"` needs it.
         with_draws: yield `(index, draw)` with a counter over all epochs, for data sets that augment by draw; else the
             bare index.
+        effective_number_beta: of `"effective_number"`; 0.9999 in the code of LDAM-DRW.
 
     Raises:
         ValueError: for an unknown name, or `"progressive"` without a number of epochs.
@@ -65,6 +66,7 @@ class EpochSampler(Sampler):
         seed: int,
         num_epochs: float | None = None,
         with_draws: bool = False,
+        effective_number_beta: float = 0.9999,
     ) -> None:
         if name not in NAMES:
             raise ValueError(f"`sampler` must be one of {', '.join(NAMES)}, got {name!r}.")
@@ -75,7 +77,7 @@ class EpochSampler(Sampler):
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
         self.counts = torch.bincount(self.labels).numpy()
         self.name, self.seed, self.num_epochs = name, seed, num_epochs
-        self.with_draws, self.epoch = with_draws, 0
+        self.with_draws, self.effective_number_beta, self.epoch = with_draws, effective_number_beta, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
@@ -118,7 +120,7 @@ class EpochSampler(Sampler):
         if self.name in ("reversed", "bilateral"):
             return counts**-2.0
         if self.name == "effective_number":
-            return class_weights(self.counts, "effective_number")
+            return class_weights(self.counts, "effective_number", beta=self.effective_number_beta)
         if self.name == "progressive":
             balanced = min(self.epoch / self.num_epochs, 1.0)
             return (1 - balanced) / counts.sum() + balanced / ((self.counts > 0).sum() * counts)

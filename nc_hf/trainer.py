@@ -215,6 +215,7 @@ class NCTrainer(SavingTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             num_epochs=self.args.num_train_epochs if self.args.max_steps <= 0 else None,
             with_draws=with_draws,
+            effective_number_beta=self.args.effective_number_beta,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
