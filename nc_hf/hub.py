@@ -87,7 +87,7 @@ def _label_names(model: nn.Module, label_names: Sequence[str] | None) -> list[st
     if hasattr(model, "pretrained_cfg"):
         num_labels, own = model.num_classes, model.pretrained_cfg.get("label_names")
     elif hasattr(model, "config"):
-        num_labels, own = model.config.num_labels, list(model.config.id2label.values())
+        num_labels, own = model.config.num_labels, [name for _, name in sorted(model.config.id2label.items())]
     else:
         raise ValueError(
             f"{type(model).__name__} is neither a timm model nor a transformers one, so no other library could open "

@@ -81,6 +81,18 @@ class RetrainingArguments(NCTrainingArguments):
             raise ValueError("`features: cached` cannot mix images: leave mixup_alpha and cutmix_alpha at 0.")
         if self.features == "cached" and self.backbone_statistics == "shifted":
             raise ValueError("`features: cached` cannot move the backbone's statistics: set features: images.")
+        if self.features == "cached" and (self.load_best_model_at_end or self.save_strategy == "best"):
+            raise ValueError(
+                "`features: cached` trains the head by itself, which is not evaluated on the way, so there is no best "
+                "checkpoint: set load_best_model_at_end: false and another save_strategy, or features: images."
+            )
+        if self.objective != "classification":
+            raise ValueError(f"stage two trains the head by classification, got `objective: {self.objective}`.")
+        if self.max_norm_threshold is not None and self.head_init == "new":
+            raise ValueError(
+                "`max_norm_threshold` is relative to the norms that the head starts with, which are near 0 for a new "
+                "one: set head_init: keep (weight balancing)."
+            )
         super().__post_init__()
 
     def _check_heads(self) -> None:

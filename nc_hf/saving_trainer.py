@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
@@ -45,6 +46,8 @@ class SavingTrainer(Trainer):
             resume_from_checkpoint = newest_complete(self.args.output_dir)
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        for buffer in self.task.buffers():  # the batch statistics of the last step are each process's own
+            broadcast(buffer)
         if self._push is not None and self._push.exception() is not None:
             self.push_to_hub()
         return output
@@ -134,7 +137,7 @@ class SavingTrainer(Trainer):
         if self.class_names is not None:
             return list(self.class_names)
         own = getattr(getattr(self.task.classifier, "config", None), "id2label", None)
-        return list(own.values()) if own else [str(k) for k in range(self.task.num_classes)]
+        return [name for _, name in sorted(own.items())] if own else [str(k) for k in range(self.task.num_classes)]
 
     def _last_evaluation(self) -> dict[str, Any]:
         """Accuracies of the last `evaluate`, if it was told to measure any."""

@@ -69,6 +69,11 @@ class NCTrainer(SavingTrainer):
             raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process are not supported: start with `accelerate launch`.")
+        if args.expected_processes not in (None, args.world_size):
+            raise ValueError(
+                f"`expected_processes` is {args.expected_processes} but {args.world_size} started. Launch as many, "
+                "with `accelerate launch`, or leave the setting out."
+            )
         train_dataset = kwargs.get("train_dataset")
         if class_counts is None:
             class_counts = counts_of(train_dataset)
@@ -106,6 +111,8 @@ class NCTrainer(SavingTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """The batches of the next update, each with the class counts of all of them and its mixup partners."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # a stream has ended
+            return batches, None
         if not self.is_fsdp_enabled:  # which runs a model through its wrapper alone
             self.task.check_tap_once(batches[0]["pixel_values"])
         self._enter_epoch()
@@ -219,12 +226,18 @@ class NCTrainer(SavingTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in `Trainer`, but `dataloader_drop_last` is for training: an evaluation sees every image."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        """As in `Trainer`, but `dataloader_drop_last` is for training: an evaluation sees every image.
+
+        Workers persist for the evaluation set alone: `Trainer` would take its loader for that of any other data set.
+        """
+        args = self.args
+        drop_last, persistent = args.dataloader_drop_last, args.dataloader_persistent_workers
+        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
+        args.dataloader_drop_last, args.dataloader_persistent_workers = False, persistent and own
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            args.dataloader_drop_last, args.dataloader_persistent_workers = drop_last, persistent
 
     def set_initial_training_values(self, args: NCTrainingArguments, dataloader: Any) -> tuple:
         """Also keeps the number of epochs and of updates an epoch, which schedules need."""

@@ -34,8 +34,10 @@ def main(arguments: list[str]) -> None:
 
     from nc_hf.checkpoints import check_disk_space
     from nc_hf.image_sets import read_splits
+    from nc_hf.models.classifier import find_head
     from nc_hf.publishing import PushError, check_access
     from nc_hf.results import read_results, results_table, write_results
+    from nc_hf.retraining import check_heads
 
     if recipe.hub.repo_id and state.is_main_process:
         try:
@@ -60,6 +62,8 @@ def main(arguments: list[str]) -> None:
     heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
     if any(name not in results.get("heads", {}) for names in heads.values() for name in names):
         model, processor, images = load_model_and_images(recipe, splits)
+        if "stage2" in stages:
+            check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
         if state.is_main_process:
             check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
         results = results or start_results(recipe, images, digest, sum(heads.values(), []))
@@ -184,7 +188,8 @@ def train_stage(
     if "validation" in images:
         args.eval_strategy = args.logging_strategy
         shared |= {"eval_dataset": images["validation"], "compute_metrics": validation_metrics(recipe, images)}
-    started, resumed = time.perf_counter(), newest_complete(args.output_dir) is not None
+    folders = [args.output_dir, *(f"{args.output_dir}/{head}" for head in heads_of(stage, args))]
+    started, resumed = time.perf_counter(), any([newest_complete(folder) for folder in folders])
     if stage == "stage1":
         trainer = NCTrainer(model, args, train_dataset=images["train"], **shared)
         if every := recipe.evaluation.geometry_every:
@@ -239,6 +244,8 @@ def report_stage(
     if stage == "stage1":
         results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
     before, tensors = load_heads(run / "stage1") if stage == "stage2" else ({}, {})
+    # Another kind of head, cosine or ETF, has no place in the network with a linear one.
+    before = {name: state for name, state in before.items() if state.keys() == heads[head].keys()}
     trainer.export(
         str(run / stage),
         head_name=head,
@@ -251,11 +258,14 @@ def report_stage(
 
 def route_experts(trainer: Any, recipe: Any, test: Any, train: Any) -> dict[str, Any]:
     """Train the gates that decide how many experts an image takes (RIDE's second stage), and measure them."""
+    from torch.utils.data import DataLoader
+
     from nc_hf.models.routing import evaluate_routing, train_routing
 
     train_routing(trainer.classifier, train, seed=recipe.seed)
     bounds = {"few_below": recipe.evaluation.few_below, "many_above": recipe.evaluation.many_above}
-    return evaluate_routing(trainer.classifier, trainer.get_eval_dataloader(test), train.class_counts, **bounds)
+    batches = DataLoader(test, recipe.evaluation.batch_size, collate_fn=test.collate)  # all of them on each process
+    return evaluate_routing(trainer.classifier, batches, train.class_counts, **bounds)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _load_transformers(
         extra = ", ".join(sorted(report["unexpected_keys"])[:3])
         raise ValueError(f"{folder} has weights that its architecture has no place for, for instance {extra}.")
     if hasattr(model, "timm_model"):  # saved by transformers' wrapper of timm
-        model, names = model.timm_model, list(config.id2label.values())
+        model, names = model.timm_model, [name for _, name in sorted(config.id2label.items())]
         model.pretrained_cfg |= getattr(config, "pretrained_cfg", {}) | {"label_names": names}
         return model, timm_image_processor(model)
     has_processor = (folder / "preprocessor_config.json").is_file()
