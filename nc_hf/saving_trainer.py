@@ -41,9 +41,12 @@ class SavingTrainer(Trainer):
     # ---- Checkpoints ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As in `Trainer`; `resume_from_checkpoint=True` takes the newest complete checkpoint, or starts afresh."""
+        """As in `Trainer`; `resume_from_checkpoint=True` takes the newest complete checkpoint of this run.
+
+        Where there is none, it takes the one that the arguments name, or starts afresh.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_complete(self.args.output_dir)
+            resume_from_checkpoint = newest_complete(self.args.output_dir) or self.args.resume_from_checkpoint
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         for buffer in self.task.buffers():  # the batch statistics of the last step are each process's own

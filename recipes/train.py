@@ -5,7 +5,8 @@
     accelerate launch --config_file recipes/accelerate/cpu_2.yaml recipes/train.py --stage1.expected_processes 2
 
 Any setting of a recipe can be overridden by `--section.key value`. The same command again resumes a run that was
-interrupted, and shows the table of one that is done.
+interrupted, and shows the table of one that is done. `--stage1.resume_from_checkpoint <run>/checkpoints/stage1/
+checkpoint-<step>` goes on from another run, where the two recipes do the same until there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> None:
     recipe = load_recipe(path, arguments)
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
+    from nc_hf.branching import check_branch
     from nc_hf.checkpoints import check_disk_space
     from nc_hf.image_sets import read_splits
     from nc_hf.models.classifier import find_head
@@ -49,6 +51,8 @@ def main(arguments: list[str]) -> None:
     stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
     for stage, args in stages.items():
         getattr(recipe, stage)["precision"] = args.precision  # what `auto` means on this machine
+    branch = (recipe.stage1 or {}).get("resume_from_checkpoint")
+    branch_epoch = check_branch(recipe, branch) if branch else None
     splits = read_splits(recipe)
     digest, results = recipe_digest(recipe, splits["train"].info.description), read_results(run / "results.json")
     if results and results["recipe_digest"] != digest:
@@ -71,6 +75,8 @@ def main(arguments: list[str]) -> None:
             if all(name in results["heads"] for name in heads[stage]):
                 continue
             trainer, results["training"][stage] = train_stage(stage, args, recipe, run, images, model, processor)
+            if stage == "stage1" and branch:
+                results["training"][stage]["branched_at_epoch"] = branch_epoch
             report_stage(stage, trainer, recipe, run, images, results)
             if state.is_main_process:
                 write_results(run / "results.json", results)
@@ -191,6 +197,7 @@ def train_stage(
     folders = [args.output_dir, *(f"{args.output_dir}/{head}" for head in heads_of(stage, args))]
     started, resumed = time.perf_counter(), any([newest_complete(folder) for folder in folders])
     if stage == "stage1":
+        resumed = resumed or args.resume_from_checkpoint is not None
         trainer = NCTrainer(model, args, train_dataset=images["train"], **shared)
         if every := recipe.evaluation.geometry_every:
             trainer.add_callback(CollapseCallback(trainer, every))

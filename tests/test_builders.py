@@ -79,6 +79,16 @@ def test_index_is_the_row_in_the_original(cifar10: Cifar10, cifar10_source: dict
     assert cifar10.as_dataset("test")["index"][:] == list(range(10_000))
 
 
+def test_left_out_images_are_the_rest_of_train(cifar10: Cifar10, shared: Path, tmp_path: Path) -> None:
+    train, left_out = cifar10.as_dataset("train"), cifar10.as_dataset("left_out")
+    assert sorted(train["index"][:] + left_out["index"][:]) == list(range(50_000))
+    assert class_counts(left_out).tolist() == [5000 - count for count in COUNTS]
+    settings = {"data_dir": str(shared / "data"), "cache_dir": str(tmp_path)}
+    splits = load_splits("cifar10", imbalance_ratio=100, test_split="left_out", **settings)
+    assert splits["test"]["index"][:] == left_out["index"][:]
+    assert "left_out" not in load_splits("cifar10", imbalance_ratio=100, **settings)
+
+
 def test_encoded_images_are_copied_as_they_are(cifar10: Cifar10, shared: Path) -> None:
     table = pq.read_table(shared / "data" / "cifar10-train.parquet", columns=["img"])
     originals = set(table["img"].combine_chunks().field("bytes").to_pylist())

@@ -4,7 +4,8 @@
     builder.download_and_prepare()
     train = builder.as_dataset("train")
 
-Each has `train` and `test` with the columns `image` and `label`; the test split is never thinned out. Without
+Each has `train` and `test` with the columns `image` and `label`; the test split is never thinned out. Where `train` is
+a subset, `left_out` has the other training images: a choice can be made on them that costs no training image. Without
 `data_dir` the images come from the Hub. Encoded images are copied as they are, and a subset is drawn before anything
 is decoded.
 """
@@ -43,7 +44,7 @@ from nc_hf.data.sources import Benchmark, encode_images, folder_source, hub_sour
 logger = logging.getLogger(__name__)
 
 COLUMNS = ["image", "label", "index"]  # index: the row in the whole split, in official order
-VERSION = "1.1.0"  # part of the cache's path: raise it with every change of what a builder writes
+VERSION = "1.2.0"  # part of the cache's path: raise it with every change of what a builder writes
 FASHION_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -121,7 +122,10 @@ class LongTailBuilder(ArrowBasedBuilder):
     def _split_generators(self, dl_manager: DownloadManager) -> list[SplitGenerator]:
         splits = {name: _with_index(split) for name, split in self.source().items()}
         self.info.features = Features({name: splits["train"].features[name] for name in COLUMNS})
-        splits["train"] = train = self._thin_out(splits["train"])
+        whole = splits["train"]
+        splits["train"] = train = self._thin_out(whole)
+        if len(train) < len(whole):
+            splits["left_out"] = whole.select(np.flatnonzero(~np.isin(whole["index"], train["index"])))
         counts, config = class_counts(train, "label"), self.config
         chosen, checksum = "all images", self.checksum(train)
         if config.imbalance_ratio is not None:

@@ -57,7 +57,8 @@ def load_splits(
         profile: of the long tail.
         seed: of the long tail and of the validation split.
         validation_fraction: of each training class to hold out where there is no validation split.
-        test_split: name of the split to test on; `"test"` when None and there is one.
+        test_split: name of the split to test on; `"test"` when None and there is one. A thinned-out benchmark of ours
+            has `"left_out"`, the training images that are not used, to choose settings on.
         cache_dir: of `datasets`.
 
     Raises:

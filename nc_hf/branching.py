@@ -1,0 +1,75 @@
+"""A run that goes on from another run's checkpoint, where both have trained alike so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from nc_hf.recipe import Recipe, load_recipe, recipe_digest
+from nc_hf.recipe_sections import defaults_of
+from nc_hf.training_args import resolve_epoch
+
+REWEIGHTING = ("class_weighting", "drw_epoch", "effective_number_beta")
+COLLAPSE = (
+    "within_weight", "between_weight", "start_epoch", "centers", "centers_learning_rate", "centers_momentum",
+    "center_init", "between_objective", "within_reduction", "feature_scale", "within_counts", "replicate_leak",
+    "mixup_rule",
+)  # fmt: skip
+
+
+def check_branch(recipe: Recipe, checkpoint: str | Path) -> float:
+    """Make sure that stage one of a recipe may go on from a checkpoint of another run: so far the two did the same.
+
+    Re-weighting and collapse terms that start later, or never, may differ: CE-DRW can go on from CE, and CE from the
+    first half of NC where `start_epoch` is 0.5. All that is random is a function of seed and step, so such a run ends
+    with the weights of one that was trained from its start.
+
+    Args:
+        recipe: of the run to start.
+        checkpoint: `<run>/checkpoints/stage1/checkpoint-<step>`, of a run that left its `recipe.yaml` in `<run>`.
+
+    Returns:
+        The epoch of the checkpoint.
+
+    Raises:
+        FileNotFoundError: when the checkpoint, or the recipe of its run, is not there.
+        ValueError: when the two recipes differ before the checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    state, other_path = checkpoint / "trainer_state.json", checkpoint.parents[2] / "recipe.yaml"
+    for path in (state, other_path):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: `resume_from_checkpoint` must be <run>/checkpoints/stage1/checkpoint-<step> of a "
+                "run of recipes/train.py."
+            )
+    epoch, other = json.loads(state.read_text())["epoch"], load_recipe(other_path)
+    ours, theirs = _until(recipe, epoch), _until(other, epoch)
+    if recipe_digest(ours) != recipe_digest(theirs):
+        names = sorted({*ours.stage1, *theirs.stage1})
+        differing = [name for name in names if ours.stage1.get(name) != theirs.stage1.get(name)]
+        raise ValueError(
+            f"{checkpoint} is of epoch {epoch:g}, until which its run was trained otherwise "
+            f"({', '.join(differing) or 'model, data or seed'}). Only what starts later may differ; take an "
+            "earlier checkpoint, or train from the start."
+        )
+    return epoch
+
+
+def _until(recipe: Recipe, epoch: float) -> Recipe:
+    """What decides the weights of stage one until an epoch."""
+    stage: dict[str, Any] = defaults_of("stage1") | (recipe.stage1 or {})
+    epochs = stage["num_train_epochs"]
+    if stage["class_weighting"] == "none" or resolve_epoch(stage["drw_epoch"] or 0, epochs) >= epoch:
+        stage = _without(stage, REWEIGHTING)
+    late = resolve_epoch(stage["start_epoch"], epochs) >= epoch and not stage["replicate_leak"]
+    if late or not (stage["within_weight"] or stage["between_weight"]):
+        stage = _without(stage, COLLAPSE) | {"within_weight": 0, "between_weight": 0}
+    return dataclasses.replace(recipe, stage1=stage, stage2=None)
+
+
+def _without(stage: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings with defaults in place of some."""
+    return {name: value for name, value in stage.items() if name not in names}
