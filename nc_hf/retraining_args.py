@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nc_hf.sampling import SamplerName
-from nc_hf.training_args import NCTrainingArguments
+from nc_hf.training_args import LEVELLING_SAMPLERS, PRIOR_LOSSES, NCTrainingArguments
 
 HeadName = Literal["crt", "lws", "tau_norm", "ncm", "least_squares", "logit_adjusted"]
 TRAINED_HEADS = ("crt", "lws")  # the others are computed
@@ -23,7 +23,8 @@ class RetrainingArguments(NCTrainingArguments):
     Of `heads`, `crt` (a new linear layer) and `lws` (a factor for each class on stage one's logits) are trained, both
     Kang et al. 2020; `tau_norm` and `ncm` (same source), `least_squares` (the paper's Proposition 1) and
     `logit_adjusted` (Menon et al. 2021) are computed. Stage two of MiSLAS (Zhong et al. 2021) is `lws` with
-    `lws_weight_factor`, `loss: label_aware_smoothing` and `backbone_statistics: shifted`; weight balancing
+    `lws_weight_factor`, `loss: label_aware_smoothing` and `backbone_statistics: shifted`, which takes 10 epochs where
+    Kang et al. give the factors alone 5; weight balancing
     (Alshammari et al. 2022) is `crt` with `head_init: keep`, a large `weight_decay` and `max_norm_threshold`.
     """
 
@@ -81,6 +82,11 @@ class RetrainingArguments(NCTrainingArguments):
             raise ValueError("`features: cached` cannot mix images: leave mixup_alpha and cutmix_alpha at 0.")
         if self.features == "cached" and self.backbone_statistics == "shifted":
             raise ValueError("`features: cached` cannot move the backbone's statistics: set features: images.")
+        if self.backbone_statistics == "shifted" and (len(self.heads) > 1 or self.heads[0] not in TRAINED_HEADS):
+            raise ValueError(
+                f"`backbone_statistics: shifted` moves the backbone with the training of one head, and other heads "
+                f"would be measured on the moved one: got heads: {self.heads}. Give crt or lws alone."
+            )
         if self.features == "cached" and (self.load_best_model_at_end or self.save_strategy == "best"):
             raise ValueError(
                 "`features: cached` trains the head by itself, which is not evaluated on the way, so there is no best "
@@ -99,6 +105,28 @@ class RetrainingArguments(NCTrainingArguments):
         unknown = [name for name in self.heads if name not in HeadName.__args__]
         if unknown or not self.heads or len(set(self.heads)) < len(self.heads):
             raise ValueError(f"`heads` must be some of {', '.join(HeadName.__args__)}, each once, got {self.heads}.")
-        for name in ("lws_weight_factor", "max_norm_threshold"):
+        for name in ("lws_weight_factor", "max_norm_threshold", "tau"):
             if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` must be at least 0, got {value}.")
+
+
+def check_stages(stage1: NCTrainingArguments, stage2: RetrainingArguments, has_validation: bool) -> None:
+    """Refuse to adjust logits by the whole prior in stage two where stage one has allowed for it already.
+
+    Args:
+        stage1: of a recipe.
+        stage2: of the same one.
+        has_validation: whether there are images to choose tau on, which may then be anything from 0.
+
+    Raises:
+        ValueError: for `logit_adjusted` with tau 1 after a stage one that corrects the prior.
+    """
+    by = {"class_weighting": stage1.class_weighting != "none", "sampler": stage1.sampler in LEVELLING_SAMPLERS}
+    by["loss"] = stage1.loss in PRIOR_LOSSES
+    corrected = [name for name, corrects in by.items() if corrects]
+    if "logit_adjusted" in stage2.heads and stage2.tau is None and not has_validation and corrected:
+        name = corrected[0]
+        raise ValueError(
+            f"the head `logit_adjusted` takes the whole prior off (tau 1), which `stage1.{name}: "
+            f"{getattr(stage1, name)}` has corrected already. Set stage2.tau, or data.validation_fraction to choose."
+        )

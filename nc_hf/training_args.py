@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Objective = Literal["classification", "contrastive", "experts", "bilateral"]
 PAIRED = {"contrastive": "two_views", "bilateral": "bilateral"}  # objectives on pairs, and the sampler that makes them
+# What allows for the class counts by itself, and samplers that level them.
+PRIOR_LOSSES = ("balanced_softmax", "arb", "logit_adjustment", "lade")
+LEVELLING_SAMPLERS = ("class_balanced", "effective_number", "class_aware", "reversed")
 
 
 def resolve_epoch(value: float, num_epochs: float) -> float:
@@ -47,7 +50,8 @@ class NCTrainingArguments(TrainingArguments):
 
     The defaults are for fine-tuning: running class means as centers, and L_W relative to the squared norm of the
     features, with the weight that the paper's 0.01 comes to on CIFAR-10 (where that norm is about 9). The recipes of
-    the paper set `centers: learned`, `feature_scale: none` and the weights of its Table 1.
+    the paper set `feature_scale: none` and the weights of its Table 1; `nc_learned.yaml` also `centers: learned`, as
+    the authors' code.
     """
 
     # Parameters that control the collapse terms
@@ -208,6 +212,15 @@ class NCTrainingArguments(TrainingArguments):
                 f"`hub_strategy: {self.hub_strategy}` would upload checkpoints, which need pickle to load. "
                 "Use every_save or end; checkpoints stay in the output folder."
             )
+        if self.drw_epoch is not None and not self.drw_epoch >= 0:
+            raise ValueError(
+                f"`drw_epoch` must be at least 0, got {self.drw_epoch}. Leave it out to weigh from the start."
+            )
+        if self.within_reduction == "images" and self.within_counts == "train":
+            raise ValueError(
+                "`within_reduction: images` is a mean over the images of an update, which `within_counts: train` "
+                "would divide by those of the training set. Leave within_counts at batch."
+            )
         if self.drw_epoch is not None and self.class_weighting == "none":
             raise ValueError(
                 f"`drw_epoch` is {self.drw_epoch} but `class_weighting` is none: nothing would be deferred. "
@@ -263,12 +276,22 @@ class NCTrainingArguments(TrainingArguments):
 
     def _check_corrections(self) -> None:
         """One correction of the prior is enough."""
+        if self.class_weighting != "none" and self.sampler in LEVELLING_SAMPLERS:
+            raise ValueError(
+                f"`sampler: {self.sampler}` draws rare classes more often, and `class_weighting: "
+                f"{self.class_weighting}` weighs them more: the prior would be corrected twice. Set sampler: "
+                "instance, or class_weighting: none."
+            )
         counts = self.loss_counts or SUPERVISED_LOSSES[self.loss].counts[0]
-        if self.loss in ("balanced_softmax", "arb", "logit_adjustment", "dot_regression") and counts != "none":
+        if self.loss in (*PRIOR_LOSSES, "dot_regression") and counts != "none":
             if self.class_weighting != "none":
                 raise ValueError(
                     f"`loss: {self.loss}` allows for the class counts itself; class_weighting: {self.class_weighting} "
                     "would correct twice. Set it to none."
+                )
+            if counts == "batch" and self.objective == "bilateral":
+                raise ValueError(
+                    f"`loss: {self.loss}` would count the uniform half of each batch alone. Set loss: ce, as BBN."
                 )
             if counts == "train" and self.sampler != "instance":
                 raise ValueError(

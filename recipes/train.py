@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
     from nc_hf.publishing import PushError, check_access
     from nc_hf.results import read_results, results_table, write_results
     from nc_hf.retraining import check_heads
+    from nc_hf.retraining_args import check_stages
 
     if recipe.hub.repo_id and state.is_main_process:
         try:
@@ -55,9 +56,10 @@ def main(arguments: list[str]) -> None:
     branch_epoch = check_branch(recipe, branch) if branch else None
     splits = read_splits(recipe)
     digest, results = recipe_digest(recipe, splits["train"].info.description), read_results(run / "results.json")
-    if results and results["recipe_digest"] != digest:
+    known = results.get("recipe_digest") or started_digest(run, splits["train"].info.description)
+    if known not in (None, digest):
         raise SystemExit(
-            f"{run} holds the results of another recipe (digest {results['recipe_digest']}, this one is {digest}). "
+            f"{run} holds a run of another recipe (digest {known}, this one is {digest}). "
             "Choose another --name or --output_dir, or remove that folder."
         )
     if state.is_main_process:
@@ -68,6 +70,8 @@ def main(arguments: list[str]) -> None:
         model, processor, images = load_model_and_images(recipe, splits)
         if "stage2" in stages:
             check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
+            if "stage1" in stages:
+                check_stages(*stages.values(), has_validation="validation" in splits)
         if state.is_main_process:
             check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
         results = results or start_results(recipe, images, digest, sum(heads.values(), []))
@@ -88,6 +92,17 @@ def main(arguments: list[str]) -> None:
     state.destroy_process_group()
     if failed:
         raise SystemExit(failed)
+
+
+def started_digest(run: Path, data_checksum: str) -> str | None:
+    """Of the recipe that the checkpoints in a run's folder were trained by, where there are any."""
+    from nc_hf.checkpoints import is_complete
+    from nc_hf.recipe import load_recipe, recipe_digest
+
+    path = run / "recipe.yaml"
+    if not path.is_file() or not any(map(is_complete, (run / "checkpoints").glob("**/checkpoint-*"))):
+        return None
+    return recipe_digest(load_recipe(path), data_checksum)
 
 
 def release(recipe: Any, run: Path) -> str | None:
@@ -140,16 +155,17 @@ def heads_of(stage: str, args: Any) -> list[str]:
 def start_results(recipe: Any, images: dict[str, Any], digest: str, heads: list[str]) -> dict[str, Any]:
     """What results.json says before any stage is done."""
     from nc_hf.paper_results import method_name
+    from nc_hf.release import public_name
     from nc_hf.results import environment
 
     data, train = recipe.data, images["train"]
-    dataset = {"name": data.dataset, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
+    dataset = {"name": public_name(data.dataset), "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
     dataset |= {"description": train.description, "few_below": recipe.evaluation.few_below}
     dataset["many_above"] = recipe.evaluation.many_above
     return {
         "recipe_digest": digest,
         "seed": recipe.seed,
-        "model": recipe.model.name,
+        "model": public_name(recipe.model.name),
         "dataset": dataset | {"class_names": train.class_names, "class_counts": train.class_counts.tolist()},
         "skipped_images": {name: split.skipped for name, split in images.items() if split.skipped},
         "methods": {head: method_name(recipe, head) for head in heads},
@@ -251,8 +267,10 @@ def report_stage(
     if stage == "stage1":
         results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
     before, tensors = load_heads(run / "stage1") if stage == "stage2" else ({}, {})
-    # Another kind of head, cosine or ETF, has no place in the network with a linear one.
-    before = {name: state for name, state in before.items() if state.keys() == heads[head].keys()}
+    # Another kind of head, cosine or ETF, has no place in the network with a linear one; nor has one of a backbone
+    # whose statistics have moved since.
+    moved = getattr(trainer.args, "backbone_statistics", "frozen") == "shifted"
+    before = {name: state for name, state in before.items() if state.keys() == heads[head].keys() and not moved}
     trainer.export(
         str(run / stage),
         head_name=head,

@@ -15,7 +15,7 @@ from nc_hf.models.classifier import find_head, load_classifier
 from nc_hf.models.headed import replace_head
 from nc_hf.models.normalized_heads import CosineHead, ETFHead
 from nc_hf.retraining import retrain_classifier
-from nc_hf.retraining_args import RetrainingArguments
+from nc_hf.retraining_args import RetrainingArguments, check_stages
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
 
@@ -109,11 +109,32 @@ def test_a_foreign_config_cannot_name_another_source_as_backbone(tmp_path):
         ({"loss": "logit_adjustment", "class_weighting": "inverse"}, "would correct twice"),
         ({"loss": "balanced_softmax", "sampler": "class_balanced"}, "has levelled already. Set sampler: instance"),
         ({"loss": "dot_regression", "class_weighting": "inverse"}, "would correct twice"),
+        ({"loss": "lade", "class_weighting": "inverse"}, "would correct twice"),
+        ({"sampler": "class_balanced", "class_weighting": "inverse"}, "prior would be corrected twice"),
     ],
 )
 def test_two_corrections_of_the_prior_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         NCTrainingArguments(output_dir=str(tmp_path), **settings)
+
+
+def test_a_whole_prior_is_not_taken_off_twice(tmp_path):
+    stage2 = RetrainingArguments(output_dir=str(tmp_path), heads=["crt", "logit_adjusted"])
+    plain, weighted = (
+        NCTrainingArguments(output_dir=str(tmp_path), class_weighting=w) for w in ("none", "effective_number")
+    )
+    check_stages(plain, stage2, has_validation=False)
+    check_stages(weighted, stage2, has_validation=True)
+    with pytest.raises(ValueError, match="which `stage1.class_weighting: effective_number` has"):
+        check_stages(weighted, stage2, has_validation=False)
+    stage2.tau = 0.5
+    check_stages(weighted, stage2, has_validation=False)
+
+
+def test_softmax_losses_on_an_etf_head_are_refused(tmp_path):
+    args = NCTrainingArguments(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ValueError, match="too narrow for `loss: ce`"):
+        NCTrainer(headed("etf"), args, train_dataset=SmallImages())
 
 
 def test_a_transformers_network_keeps_its_linear_head():

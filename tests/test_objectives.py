@@ -79,6 +79,7 @@ def test_every_objective_trains_with_and_without_the_terms(images, tmp_path, mod
         (KCL | {"mixup_alpha": 0.2}, "`objective: contrastive` goes without `mixup_alpha`: set it to 0"),
         (KCL | {"loss": "mse"}, "`objective: contrastive` goes without `loss`: set it to ce"),
         (BBN | {"class_weighting": "inverse"}, "goes without `class_weighting`: set it to none"),
+        (BBN | {"loss": "arb"}, "would count the uniform half of each batch alone"),
         (BBN | {"objective_settings": {"alpha": 1}}, "`objective: bilateral` has no settings"),
     ],
 )

@@ -131,3 +131,9 @@ def test_a_protocol_says_when_weights_begin_and_that_images_were_cut(epoch, word
     parts = protocol(load_recipe(None, overrides))
     assert parts["weighting"] == f"inverse weights {words}"
     assert parts["cutmix"] == "CutMix 1"
+
+
+@pytest.mark.parametrize("heads", [["crt", "lws"], ["crt", "ncm"], ["tau_norm"]])
+def test_moving_statistics_go_with_one_trained_head(tmp_path, heads):
+    with pytest.raises(ValueError, match="Give crt or lws alone"):
+        arguments(tmp_path, heads=heads, backbone_statistics="shifted")

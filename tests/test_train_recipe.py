@@ -110,7 +110,7 @@ def test_the_same_command_again_shows_the_table_without_training(folder, straigh
 def test_another_recipe_in_the_same_folder_is_refused(folder, straight):
     done = run(folder, "train.py", "--stage1.num_train_epochs", "4", "--name", "straight", check=False)
     assert done.returncode != 0
-    assert "holds the results of another recipe" in done.stderr
+    assert "holds a run of another recipe" in done.stderr
 
 
 def test_a_killed_run_resumes_to_the_same_results(folder, straight):
@@ -122,6 +122,8 @@ def test_a_killed_run_resumes_to_the_same_results(folder, straight):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert list(checkpoints.glob("checkpoint-*/complete.json"))
+    other = run(folder, "train.py", *SHORT, "--name", "killed", "--seed", "1", check=False)
+    assert "holds a run of another recipe" in other.stderr
     done = run(folder, "train.py", *SHORT, "--name", "killed")
     assert "resuming from" in done.stdout
     resumed = json.loads((folder / "out/killed/results.json").read_text())

@@ -305,6 +305,8 @@ def test_gradient_checkpointing_gives_the_same_losses(images, tmp_path):
         ({"start_epoch": -3}, "`start_epoch` must be at least 0"),
         ({"loss": "hinge"}, "`loss` must be one of ce, mse, .*, got 'hinge'"),
         ({"drw_epoch": 0.9}, "`class_weighting` is none"),
+        ({"drw_epoch": -5, "class_weighting": "inverse"}, "`drw_epoch` must be at least 0, got -5"),
+        ({"within_reduction": "images", "within_counts": "train"}, "Leave within_counts at batch"),
         ({"centers": "learned", "optim": "adamw_torch"}, "trained by plain SGD.*use `centers: ema`"),
         ({"centers": "learned", "feature_scale": "rms"}, "set feature_scale: none, and within_weight as in the paper"),
         ({"centers": "learned", "within_weight": 0}, "needs within_weight > 0"),
@@ -365,7 +367,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path):
 
 RESUMED = {
     "learned": {"centers": "learned", "start_epoch": 0.5, "mixup_alpha": 0.2, "lr_milestones": [0.5, 0.75]},
-    "ema": {"centers": "ema", "sampler": "class_balanced", "class_weighting": "effective_number", "drw_epoch": 0.75},
+    "ema": {"centers": "ema", "sampler": "square_root", "class_weighting": "effective_number", "drw_epoch": 0.75},
     "accumulated": {"centers": "learned", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 18},
 }
 

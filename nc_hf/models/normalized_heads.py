@@ -205,7 +205,8 @@ def check_head_for(loss: SupervisedLoss, head: nn.Module) -> None:
     """Refuse a loss whose formula holds for another kind of head only.
 
     Raises:
-        ValueError: for LDAM without a cosine head of its scale, or dot regression without an ETF head.
+        ValueError: for LDAM without a cosine head of its scale, dot regression without an ETF head, or an ETF head
+            with a loss that needs logits beyond [-1, 1].
     """
     found = type(head).__name__
     if loss.name == "ldam" and getattr(head, "scale", None) != loss.settings["scale"]:
@@ -216,3 +217,8 @@ def check_head_for(loss: SupervisedLoss, head: nn.Module) -> None:
         )
     if loss.name == "dot_regression" and not isinstance(head, ETFHead):
         raise ValueError(f"`loss: dot_regression` needs an ETF head; the head is {found}. Set the head to etf.")
+    if isinstance(head, ETFHead) and loss.name not in ("dot_regression", "mse"):
+        raise ValueError(
+            f"the logits of an ETF head lie in [-1, 1], too narrow for `loss: {loss.name}`. Set loss: dot_regression, "
+            "or the head to cosine."
+        )
