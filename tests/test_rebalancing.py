@@ -8,11 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nc_hf.rebalancing import class_weights
+from nc_hf.training_args import resolve_epoch
 
 
 def test_effective_number_weights_equal_the_authors(golden):
     for case in golden("class_weights_effective_number"):
         weights = class_weights(case["inputs"]["counts"], "effective_number", beta=case["settings"]["beta"])
+        np.testing.assert_allclose(weights, case["outputs"]["weights"], rtol=1e-9)
+
+
+def test_deferred_weights_are_the_authors(golden):
+    for case in golden("drw_schedule"):
+        counts, epoch = case["inputs"]["counts"], case["inputs"]["epoch"]
+        assert case["settings"]["scheme"] == "ldam_drw_200"
+        starts = resolve_epoch(0.8, 200)
+        weights = class_weights(counts, "effective_number" if epoch >= starts else "none")
         np.testing.assert_allclose(weights, case["outputs"]["weights"], rtol=1e-9)
 
 
