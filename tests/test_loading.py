@@ -1,0 +1,294 @@
+"""Classifiers from names, folders and Hub ids, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import sweep_feature_tap
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from nc_hf.models.classifier import (
+    find_head,
+    image_settings,
+    load_classifier,
+)
+
+TINY_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def tiny_vit(num_labels: int = 5) -> nn.Module:
+    return ViTForImageClassification(ViTConfig(**TINY_VIT, num_labels=num_labels))
+
+
+def wrapped() -> nn.Module:
+    return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet20_cifar", num_labels=5))
+
+
+# ---- Loading ----
+
+
+def test_architecture_by_name_is_plain_timm_with_its_own_weights():
+    torch.manual_seed(3)
+    expected = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.manual_seed(3)
+    model, processor = load_classifier("test_resnet", label_names=["a", "b", "c"])
+    assert type(model) is type(timm.create_model("test_resnet")) and model.num_classes == 3
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert model.pretrained_cfg["label_names"] == ["a", "b", "c"]
+    assert processor.data_config["input_size"] == (3, 160, 160)
+
+
+def test_image_size_builds_the_network_and_its_images():
+    vit, processor = load_classifier("test_vit", 5, image_size=64)
+    assert vit(torch.zeros(1, 3, 64, 64)).shape == (1, 5) and processor.data_config["input_size"] == (3, 64, 64)
+    assert image_settings(vit)["size"] == (64, 64)
+    resnet, processor = load_classifier("test_resnet", 5, image_size=64)
+    assert processor.data_config["input_size"] == (3, 64, 64) and image_settings(resnet)["size"] == (64, 64)
+
+
+def test_image_settings():
+    settings = image_settings(load_classifier("resnet32_cifar", 10)[0])
+    assert settings == {
+        "size": (32, 32),
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2023, 0.1994, 0.2010),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    vit = tiny_vit()
+    assert image_settings(vit, ViTImageProcessor(size={"height": 48, "width": 32})) == {
+        "size": (48, 32),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+    }
+    convnext = ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875)
+    assert image_settings(vit, convnext)["size"] == (224, 224) and image_settings(vit, convnext)["crop_pct"] == 0.875
+    assert image_settings(vit, ConvNextImageProcessor(size={"shortest_edge": 384}))["crop_pct"] == 1.0
+    clip = CLIPImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    assert image_settings(vit, clip)["size"] == (224, 224) and image_settings(vit, clip)["crop_pct"] == 0.875
+    with pytest.raises(ValueError, match="its image processor is NoneType"):
+        image_settings(vit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("resnet32_cifra",), ValueError, "no timm architecture, no folder and no Hub id"),
+        (("resnet32_cifar", 3, ["a", "b"]), ValueError, "2 label names were given for num_labels=3"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(arguments, error, words):
+    with pytest.raises(error, match=words):
+        load_classifier(*arguments)
+
+
+def test_pretrained_without_released_weights_is_refused():
+    with pytest.raises(ValueError, match="timm has no released weights of 'resnet32_cifar'"):
+        load_classifier("resnet32_cifar", 10, pretrained=True)
+
+
+def test_unreadable_hub_id(monkeypatch):
+    import huggingface_hub
+
+    def refuse(repo_id: str, **settings: object) -> str:
+        assert repo_id == "user/model" and settings["revision"] == "v2"
+        assert not any(Path("pytorch_model.bin").match(pattern) for pattern in settings["allow_patterns"])
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for name in ("user/model@v2", "hf-hub:user/model@v2"):
+        with pytest.raises(FileNotFoundError, match="no folder here, and not readable on the Hub: offline"):
+            load_classifier(name)
+
+
+@pytest.fixture
+def timm_folder(tmp_path: Path) -> Path:
+    """A folder as timm itself writes it."""
+    from timm.models import save_for_hf
+
+    model = timm.create_model("test_resnet", num_classes=4)
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True, model_config={"label_names": list("wxyz")})
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def transformers_folder(tmp_path: Path) -> Path:
+    """A folder as transformers itself writes it."""
+    model = tiny_vit(4)
+    model.config.id2label, model.config.label2id = dict(enumerate("wxyz")), {c: k for k, c in enumerate("wxyz")}
+    model.save_pretrained(tmp_path / "saved")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_timm_folder(timm_folder):
+    saved = load_file(timm_folder / "model.safetensors")
+    for name in (str(timm_folder), f"local-dir:{timm_folder}"):
+        model, _ = load_classifier(name)
+        assert model.pretrained_cfg["label_names"] == list("wxyz")
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
+
+
+def test_transformers_folder(transformers_folder):
+    expected = ViTForImageClassification.from_pretrained(transformers_folder).eval()
+    model, processor = load_classifier(str(transformers_folder))
+    x = torch.randn(2, 3, 32, 32)
+    assert type(model) is ViTForImageClassification and processor.size == {"height": 32, "width": 32}
+    assert torch.equal(model.eval()(x).logits, expected(x).logits) and model.config.id2label[1] == "x"
+    model, _ = load_classifier(str(transformers_folder), hidden_dropout_prob=0.5)
+    assert model.config.hidden_dropout_prob == 0.5
+    with pytest.raises(ValueError, match="ViTConfig has no entry drop_rate"):
+        load_classifier(str(transformers_folder), drop_rate=0.5)
+    with pytest.raises(ValueError, match="`image_size` is for timm models"):
+        load_classifier(str(transformers_folder), image_size=64)
+    (transformers_folder / "preprocessor_config.json").unlink()
+    assert load_classifier(str(transformers_folder))[1] is None
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_head_of_another_size_is_drawn_anew_and_said_once(kind, request, caplog):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    with caplog.at_level(logging.INFO, logger="nc_hf"):
+        model, _ = load_classifier(str(folder), 7, image_size=None)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("nc_hf")]
+    assert len(said) == 1 and "has 4 outputs; one with 7 is drawn anew" in said[0]
+    head_name, head = find_head(model)
+    assert head.weight.shape[0] == 7 and head.weight.abs().sum() > 0
+    before = load_classifier(str(folder))[0].state_dict()
+    backbone = [name for name in model.state_dict() if not name.startswith(f"{head_name}.")]
+    assert len(backbone) > 10 and all(torch.equal(model.state_dict()[name], before[name]) for name in backbone)
+    if kind == "timm":
+        assert model.pretrained_cfg["label_names"] is None
+    else:
+        assert model.config.id2label == {k: str(k) for k in range(7)}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="nc_hf"):
+        same, _ = load_classifier(str(folder), 4, list("abcd"))
+    assert not [record for record in caplog.records if record.name.startswith("nc_hf")]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in same.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+@pytest.mark.parametrize("num_labels", [4, 7])
+def test_lacking_backbone_weights_are_refused(kind, num_labels, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    tensors = load_file(folder / "model.safetensors")
+    lacking = next(name for name in tensors if "conv1.weight" in name or "layernorm_before.weight" in name)
+    del tensors[lacking]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="lacks weights|Missing key"):
+        load_classifier(str(folder), num_labels)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_pickled_weights_are_never_read(kind, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    save_file({"heads.base.bias": torch.zeros(4)}, folder / "nc_heads.safetensors")
+    with pytest.raises(ValueError, match="Weights in a pickle file are not loaded"):
+        load_classifier(str(folder))
+
+
+@pytest.mark.parametrize("arguments", [{"pretrained_strict": False}, {"act_layer": {"name": "relu"}}])
+def test_odd_model_arguments_of_a_folder_are_refused(timm_folder, arguments):
+    config = json.loads((timm_folder / "config.json").read_text())
+    config["model_args"] = arguments
+    (timm_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"model argument {next(iter(arguments))}=.* is not accepted"):
+        load_classifier(str(timm_folder))
+
+
+def test_code_of_a_folder_is_not_run(transformers_folder, tmp_path):
+    config = json.loads((transformers_folder / "config.json").read_text())
+    code = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    config["auto_map"] = code
+    (transformers_folder / "config.json").write_text(json.dumps(config))
+    processor = json.loads((transformers_folder / "preprocessor_config.json").read_text())
+    processor["auto_map"] = {"AutoImageProcessor": "evil.Processor"}
+    (transformers_folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    ran = tmp_path / "ran"
+    (transformers_folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\n")
+    model, _ = load_classifier(str(transformers_folder))
+    assert type(model) is ViTForImageClassification and not ran.exists()
+
+
+def test_folder_of_transformers_wrapper_around_timm_gives_the_timm_model(tmp_path):
+    model = wrapped()
+    model.config.id2label = dict(enumerate("vwxyz"))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"] is None
+    loaded, processor = load_classifier(str(tmp_path))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x).logits)
+    assert loaded.pretrained_cfg["label_names"] == list("vwxyz")
+    assert processor.data_config["input_size"] == (3, 32, 32)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_classifier(str(tmp_path))
+
+
+def test_untrusted_architecture_is_named(timm_folder):
+    config = json.loads((timm_folder / "config.json").read_text())
+    config["architecture"] = "no_such_net"
+    (timm_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="Unknown model .no_such_net"):
+        load_classifier(str(timm_folder))
+
+
+def table_of_the_sweep() -> dict[str, dict[str, str]]:
+    with sweep_feature_tap.TABLE.open() as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "mobilenetv3_small_050", "levit_128s", "crossvit_tiny_240"])
+def test_table_of_the_sweep_is_as_today_for_timm(name):
+    written = table_of_the_sweep()[name]
+    result, detail, _ = sweep_feature_tap.timm_head(name)
+    assert (result, str(detail)) == (written["result"], written["feature_width"] or written["why"])
+
+
+@pytest.mark.parametrize("name", ["ResNetForImageClassification", "SwiftFormerForImageClassification"])
+def test_table_of_the_sweep_is_as_today_for_transformers(name):
+    written = table_of_the_sweep()[name]
+    today = sweep_feature_tap.transformers_row(written["family"], name)
+    assert {column: str(value) for column, value in today.items()} == written
+
+
+def test_table_of_the_sweep_covers_every_family():
+    families = {row["family"] for row in table_of_the_sweep().values() if row["library"] == "timm"}
+    own = {name for name in timm.list_modules() if _first_model(name).__module__.startswith("nc_hf.")}
+    assert families >= set(timm.list_modules()) - own
+
+
+def _first_model(module: str):
+    return timm.model_entrypoint(timm.list_models(module=module)[0])
