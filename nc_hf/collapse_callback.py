@@ -18,9 +18,13 @@ class CollapseCallback(TrainerCallback):
         trainer = NCTrainer(model, args, train_dataset=train)
         trainer.add_callback(CollapseCallback(trainer, every=10))
 
-    The keys of `nc_hf.metrics.measure_geometry` are logged as they are, so they reach `report_to`. Each measurement
-    takes two passes over the data set without augmentation and without gradients; it changes no weight, no statistic
-    and no random number of the run.
+    The keys of `nc_hf.metrics.measure_geometry` are logged as they are, so they reach `report_to`. A measurement
+    changes no weight, no statistic and no random number of the run.
+
+    Training waits for each measurement: two passes over the data set, forward only, which together take around two
+    thirds of the time of an epoch where reading images is cheap. Features go to every process, which sums them in
+    float64 on its CPU, in O(K P) memory. Our image sets give their images without augmentation here; any other data
+    set gives them as it does to the trainer, twice, so one that augments at random has to be replaced by `dataset`.
 
     Args:
         trainer: whose classifier is measured; all its processes take part.

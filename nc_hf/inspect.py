@@ -2,10 +2,12 @@
 
     python -m nc_hf.inspect <folder or Hub id> --data cifar10 --data.imbalance_ratio 100 --data.data_dir <folder>
     python -m nc_hf.inspect <folder or Hub id> recipes/cifar10_lt/nc_drw_crt.yaml --output look
+    python -m nc_hf.inspect out/<run>/stage1
 
-The classifier is one of timm or transformers, trained by nc_hf or not; all settings of a recipe can be given, such as
-`--model.head <module path>` for a model whose head is not found. Prints accuracies on the test split and NC1-NC4 on
-training and test features, and writes them with the figures to `--output` (`inspect-<name>` here by default).
+The classifier is one of timm or transformers, trained by nc_hf or not. The data are those of a recipe: the one given,
+or that of the run the folder is of; all settings can be given beside it, such as `--model.head <module path>` for a
+model whose head is not found. Prints accuracies on the test split and NC1-NC4 on training and test features, and
+writes them with the figures to `--output` (`inspect-<name>` here by default).
 """
 
 from __future__ import annotations
@@ -43,16 +45,14 @@ QUANTITIES = {
 def main(arguments: Sequence[str]) -> None:
     """Inspect the folder or Hub id named by the first argument."""
     from nc_hf.processes import start_processes
-    from nc_hf.recipe import load_recipe
     from nc_hf.results import results_table, write_results
 
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(__doc__)
     source, *rest = arguments
     output, rest = take_option(rest, "--output")
-    path = rest.pop(0) if rest and not rest[0].startswith("--") else None
     shorthand = re.compile(r"--data(?==|$)")
-    recipe = load_recipe(path, [shorthand.sub("--data.dataset", argument) for argument in rest])
+    recipe = recipe_for(source, [shorthand.sub("--data.dataset", argument) for argument in rest])
     state = start_processes()
     results, means = inspect_classifier(source, recipe)
     if state.is_main_process:
@@ -65,6 +65,39 @@ def main(arguments: Sequence[str]) -> None:
             print(f"\nhead {head}\n{geometry_table(geometry)}")
         print(f"\nresults and figures: {folder}")
     state.destroy_process_group()
+
+
+def recipe_for(source: str, arguments: Sequence[str]) -> Recipe:
+    """The recipe that says on which data a classifier is measured.
+
+    Args:
+        source: a folder or Hub id.
+        arguments: overrides; before them the path of a recipe, or else it is that of the run the folder is of, or the
+            defaults where there is none.
+
+    Raises:
+        ValueError: when no data are named at all.
+        FileNotFoundError: when there is no such recipe or source.
+    """
+    from nc_hf.models.classifier import local_folder
+    from nc_hf.recipe import load_recipe
+
+    given = bool(arguments) and not arguments[0].startswith("--")
+    path, overrides = (Path(arguments[0]), arguments[1:]) if given else (None, arguments)
+    revision = (take_option(overrides, "--model.revision")[0] or [None])[0]
+    if path is None:
+        folder = local_folder(source, revision)
+        # A release has its recipe inside, a stage of a run beside it.
+        places = (folder / "recipe.yaml", folder.parent / "recipe.yaml")
+        path = next((place for place in places if place.is_file()), None)
+    if path is None and take_option(overrides, "--data.dataset")[0] is None:
+        raise ValueError(
+            f"{source} has no recipe.yaml, so its data are not known. Give a recipe after it, or name the data by "
+            "--data.dataset and, where needed, --data.data_dir and --data.imbalance_ratio."
+        )
+    recipe = load_recipe(path, overrides)
+    recipe.model.revision = revision  # in a recipe, it is of the model that training started from
+    return recipe
 
 
 def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Tensor]]:

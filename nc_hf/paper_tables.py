@@ -54,6 +54,7 @@ class Row:
         balanced: method on balanced data, where that is another one (Table 6).
         recipe: name of the recipe, where several methods share one and differ by `overrides`.
         overrides: as `load_recipe` takes them.
+        on: further overrides on some data sets.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Row:
     balanced: str | None = None
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
+    on: Mapping[Setting, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,13 @@ NC_DRW, NC_DRW_CRT = Row("nc_drw_crt"), Row("nc_drw_crt", "crt")
 ORDER = ("CE", "<", "CE-DRW", "<", "NC-DRW", "<=", "NC-DRW-cRT")
 
 
+# MiSLAS's own settings at r = 10; those at r = 100 are in its recipes.
+MISLAS_R10 = {
+    CIFAR10_LT_R10: ("--stage2.loss_settings", "{head: 0.1, tail: 0.0}", "--stage2.lws_weight_factor", "0.2"),
+    CIFAR100_LT_R10: ("--stage2.loss_settings", "{head: 0.2, tail: 0.0}", "--stage2.lws_weight_factor", "0.1"),
+}
+
+
 def _ride(method: str, experts: int) -> Row:
     overrides = ("--model.model_args", f"{{num_experts: {experts}}}")
     return Row(f"{method}_{experts}_experts", recipe=method, overrides=overrides)
@@ -142,7 +151,7 @@ TABLES = {
             "CE-DRW": Row("ce_drw"),
             "LDAM-DRW": Row("ldam_drw"),
             "BBN": Row("bbn"),
-            "MiSLAS": Row("mislas", "lws"),
+            "MiSLAS": Row("mislas", "lws", on=MISLAS_R10),
             "KCL": Row("kcl", "crt"),
             "TSC": Row("tsc", "crt"),
             "ETF classifier+DR": Row("etf_dr"),

@@ -40,6 +40,17 @@ class Found:
         """Of the class means."""
         return self.path.with_suffix(".safetensors")
 
+    def value(self, head: str, metric: str) -> float | None:
+        """A metric of a table in percent; None where it was not measured, or the noise on another scale."""
+        if metric.startswith("noise "):
+            noise = self.results.get("noise", {})
+            measured = noise.get("scale") == "normalized" and head in noise["accuracy"]
+            accuracies = dict(zip(noise["std"], noise["accuracy"][head], strict=True)) if measured else {}
+            share = accuracies.get(float(metric.removeprefix("noise ")))
+        else:
+            share = self.results["heads"][head].get(metric)
+        return None if share is None else 100 * share
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -67,7 +78,8 @@ class Plan:
     def overrides(self, seed: int) -> list[str]:
         """What the recipe is changed by, as `load_recipe` and recipes/train.py take it."""
         epochs = [] if self.epochs is None else ["--stage1.num_train_epochs", f"{self.epochs:g}"]
-        return [*self.setting.overrides, *self.row.overrides, *epochs, "--seed", str(seed)]
+        own = [*self.row.overrides, *self.row.on.get(self.setting, ())]
+        return [*self.setting.overrides, *own, *epochs, "--seed", str(seed)]
 
     def recipe(self, seed: int = 0) -> Recipe | None:
         """The recipe, or None when there is no such file."""
@@ -129,11 +141,32 @@ def matching_precision(recipe: Recipe, results: dict[str, Any]) -> str | None:
     return None
 
 
+def read_run(run: Path) -> tuple[dict[str, Any], Recipe]:
+    """Results and recipe of a finished run.
+
+    Args:
+        run: folder of recipes/train.py, or of a release.
+
+    Raises:
+        FileNotFoundError: for a run without results, or without those of a head that its recipe has.
+    """
+    results = read_results(run / "results.json")
+    if not results:
+        raise FileNotFoundError(f"{run} has no results.json. Let the run finish first.")
+    recipe = load_recipe(run / "recipe.yaml")
+    heads = ["base"] if recipe.stage1 is not None else []
+    heads += recipe.stage2["heads"] if recipe.stage2 is not None else []
+    if missing := [head for head in heads if head not in results["heads"]]:
+        raise FileNotFoundError(f"{run} has no results of its head {', '.join(missing)}. Let the run finish first.")
+    return results, recipe
+
+
 def collect_run(run: Path, target: Path) -> None:
     """Copy what a finished run measured to the place of its results: no weights, no paths.
 
     Args:
-        run: folder of recipes/train.py, or of a release; a `noise.json` of recipes/evaluate.py in it is added.
+        run: as for `read_run`. A `noise.json` of recipes/evaluate.py in it is added; without one, the noise in earlier
+            results of the same recipe stays.
         target: `.../seed<N>.json`; the class means go beside it.
 
     Raises:
@@ -143,11 +176,12 @@ def collect_run(run: Path, target: Path) -> None:
 
     from nc_hf.hub import load_heads
 
-    results = read_results(run / "results.json")
+    (results, _), earlier = read_run(run), read_results(target)
     stages = [folder for folder in (run / "stage1", run / "stage2", run) if (folder / "config.json").is_file()]
-    if not stages or not results.get("heads"):
-        raise FileNotFoundError(f"{run} has no results.json and saved stage. Let the run finish first.")
-    if noise := read_results(run / "noise.json").get("noise"):
+    if not stages:
+        raise FileNotFoundError(f"{run} has no saved stage, in which the class means are. Collect the whole run.")
+    same = earlier.get("recipe_digest") == results["recipe_digest"]
+    if noise := read_results(run / "noise.json").get("noise", earlier.get("noise") if same else None):
         results["noise"] = noise
     target.parent.mkdir(parents=True, exist_ok=True)
     means = load_heads(stages[0])[1].get(MEANS)
@@ -158,8 +192,8 @@ def collect_run(run: Path, target: Path) -> None:
 
 
 def plan_of_run(run: Path, recipes: Path, results: Path) -> tuple[Plan, int] | None:
-    """The row that a finished run is of, and its seed; None when it is of no table's recipe."""
-    measured, own = read_results(run / "results.json"), load_recipe(run / "recipe.yaml")
+    """The row that a run is of, and its seed; None when it is of no table's recipe; as `read_run` if not finished."""
+    measured, own = read_run(run)
     for setting, row in _all_rows():
         plan = plan_row(setting, row, recipes, results, (own.stage1 or {}).get("num_train_epochs"))
         recipe = plan.recipe(measured["seed"])

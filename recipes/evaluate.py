@@ -4,10 +4,11 @@
     python recipes/evaluate.py user/name recipes/cifar10_lt/nc_drw_crt.yaml --data.data_dir <folder>
     python recipes/evaluate.py model_cards/<name> --noise-std 0 0.1 0.2 0.3 0.4 --data.data_dir <folder>
 
-The data are those of the recipe: the one given, or that of the run the folder belongs to. Prints a table, and with
-`--json FILE` writes what it shows and more. `--noise-std` adds a table of accuracies on images with Gaussian noise of
-these standard deviations; `--noise-scale` says where: `normalized`, where the network sees them (default), or
-`pixels`, in [0, 1] before normalization; `--noise-seed` (0 by default) is the seed of the noise.
+The data are those of a recipe: the one given, or that of the run the folder belongs to; without either,
+`--data.dataset` and other settings name them. Prints a table, and with `--json FILE` writes what it shows and more.
+`--noise-std` adds a table of accuracies on images with Gaussian noise of these standard deviations; `--noise-scale`
+says where: `normalized`, where the network sees them (default), or `pixels`, in [0, 1] before normalization;
+`--noise-seed` (0 by default) is the seed of the noise.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 
 def main(arguments: list[str]) -> None:
     """Evaluate the folder or Hub id named by the first argument."""
-    from nc_hf.inspect import take_option
+    from nc_hf.inspect import recipe_for, take_option
     from nc_hf.processes import start_processes
-    from nc_hf.recipe import load_recipe
     from nc_hf.results import results_table
     from nc_hf.robustness import noise_settings, noise_table
 
@@ -37,15 +37,8 @@ def main(arguments: list[str]) -> None:
     options = {}
     for name in ("std", "scale", "seed"):
         options[name], arguments = take_option(arguments, f"--noise-{name}")
-    own = Path(source) / "recipe.yaml"  # of a release; the other folders of a run have it beside them
-    path = own if own.is_file() else Path(source).parent / "recipe.yaml"
-    if arguments and not arguments[0].startswith("--"):
-        path = arguments.pop(0)
-    try:
-        noise = noise_settings(**options)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    recipe = load_recipe(path, arguments)
+    noise = noise_settings(**options)
+    recipe = recipe_for(source, arguments)
     state = start_processes()
     results = evaluate_heads(source, recipe, noise)
     if state.is_main_process:
@@ -81,4 +74,7 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None

@@ -11,6 +11,7 @@ method without and with the terms, on 30 epochs. Rows that are named by `--rows`
 run where they have no results of the same recipe, all rows with `--train`, none with `--no-train`. Each run has a
 folder under `<output>/runs`, where the same command resumes it if it was interrupted; its results then go to results/.
 Runs are of one process, or as many as the recipe expects. `collect` takes over finished runs of recipes/train.py.
+Tables are written to `<output>` as well, under the name of the columns they were cut down to, but not single rows.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ def main(arguments: list[str]) -> None:
     if not (bool(options.rows) if options.train is None else options.train):
         print("Nothing was trained. Give --train, or name the rows of a table to run by --rows.")
         return None
-    failed = [run_folder(options.output, *run) for run in missing if not run_and_collect(options, *run)]
+    troubles = [trouble for run in missing if (trouble := run_and_collect(options, *run))]
     options.show()
-    if failed:
-        raise SystemExit(f"failed, see above; the same command resumes: {', '.join(map(str, failed))}")
+    if troubles:
+        raise SystemExit("\n".join(troubles))
     return None
 
 
@@ -65,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", help="a column of the table, such as cifar10_lt; all when not given")
     parser.add_argument("--ratio", type=int, help="imbalance ratio of the column")
     parser.add_argument("--rows", nargs="+", help="printed names; these are run where they are missing")
-    parser.add_argument("--seeds", type=int, default=1, help="run seeds 0 to N-1; all that are there are shown")
+    parser.add_argument("--seeds", type=int, help="run seeds 0 to N-1, or 0 alone; all that are there are shown")
     parser.add_argument("--epochs", type=float, help="of stage one instead of the recipe's; kept apart from others")
     parser.add_argument("--data_dir", help="folder of the images; downloaded when not given")
     parser.add_argument("--cache_dir", help="of `datasets`")
@@ -76,13 +77,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if bool(options.folders) != (options.what == "collect"):
         parser.error("folders of runs go with collect, and with nothing else")
+    options.table, options.figure = TABLES.get(options.what), FIGURES.get(options.what)
+    choices = [name for name in ("dataset", "ratio", "rows", "seeds", "epochs") if getattr(options, name) is not None]
+    if choices and not options.table:
+        parser.error(f"--{', --'.join(choices)} are for tables and change nothing of {options.what}; leave them out")
+    options.seeds = 1 if options.seeds is None else options.seeds
     if options.seeds < 1 or (options.epochs is not None and options.epochs <= 0):
         parser.error(f"--seeds and --epochs must be more than 0, got {options.seeds} and {options.epochs}")
-    options.table, options.figure = TABLES.get(options.what), FIGURES.get(options.what)
     if options.table:
         plan_tables(parser, options, options.table)
     elif options.figure:
-        options.noise, options.show = False, partial(show_figure, options)
+        options.noise, options.show = [], partial(show_figure, options)
         options.panels = {
             title: [plan_row(setting, row, options.recipes, options.results) for row in rows]
             for title, (setting, rows) in options.figure.panels.items()
@@ -105,7 +110,7 @@ def plan_tables(parser: argparse.ArgumentParser, options: argparse.Namespace, ta
         for setting in table.settings
         if options.dataset in (None, setting.dataset) and options.ratio in (None, setting.ratio)
     }
-    options.noise = any(metric.startswith("noise ") for metric in table.metrics)
+    options.noise = [metric for metric in table.metrics if metric.startswith("noise ")]
     options.show = partial(show_tables, options)
     if not options.plans:
         columns = ", ".join(f"--dataset {s.dataset}" + f" --ratio {s.ratio}" * bool(s.ratio) for s in table.settings)
@@ -113,13 +118,16 @@ def plan_tables(parser: argparse.ArgumentParser, options: argparse.Namespace, ta
 
 
 def show_tables(options: argparse.Namespace) -> None:
-    """Print the tables and write them to the output folder."""
+    """Print the tables, and write them to the output folder where no rows were picked."""
     from nc_hf.reproduction_report import render_table
 
     text = "\n".join(render_table(options.table, setting, rows) for setting, rows in options.plans.items())
     print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{options.what}.md").write_text(text)
+    if not options.rows:
+        chosen = [options.ratio and f"r{options.ratio}", options.epochs and f"{options.epochs:g}_epochs"]
+        name = "-".join(filter(None, [options.what, options.dataset, *chosen]))
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / f"{name}.md").write_text(text)
 
 
 def show_figure(options: argparse.Namespace) -> None:
@@ -140,7 +148,8 @@ def missing_runs(options: argparse.Namespace) -> list[tuple[Plan, int]]:
         return [(plan, 0) for plan in empty if plan.recipe_path.is_file()]
     missing = {}
     for plan in (plan for rows in options.plans.values() for plan in rows.values()):
-        found = {one.seed for one in plan.found() if not options.noise or "noise" in one.results}
+        noise = [(one.seed, [one.value(plan.row.head, std) for std in options.noise]) for one in plan.found()]
+        found = {seed for seed, values in noise if None not in values}
         if plan.recipe_path.is_file():
             missing |= {plan.target(seed): (plan, seed) for seed in range(options.seeds) if seed not in found}
     return list(missing.values())
@@ -177,24 +186,42 @@ def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[st
     return [train, measure] if options.noise else [train]
 
 
-def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> bool:
-    """Run what is missing of a run and take over its results; False when a command fails."""
+def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
+    """Why a run is not started: its model lies elsewhere, or its processes have no device of their own."""
+    import torch
+
+    if any(one.seed == seed for one in plan.found()) and not run.is_dir():
+        return (
+            f"{plan.target(seed)}: what is missing of these results takes the model, which is not in {run}. Let "
+            "recipes/evaluate.py measure the noise where the run lies, with `--json <run>/noise.json`, and `collect` "
+            "it; or remove that file, and it is trained again."
+        )
+    recipe, devices = plan.recipe(seed), torch.accelerator.device_count()
+    if 0 < devices < ((recipe.stage1 or recipe.stage2).get("expected_processes") or 1):
+        return (
+            f"{plan.name} expects more processes than the {devices} device(s) here. Start recipes/train.py with "
+            f"`--stage1.expected_processes {devices}` and a larger per_device_train_batch_size; such a run is of "
+            "another recipe, so its results have no place in this table."
+        )
+    return None
+
+
+def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> str | None:
+    """Run what is missing of a run and take over its results; what went wrong, if something did."""
     from nc_hf.reproduction import collect_run, matching_precision
     from nc_hf.results import read_results
 
     run = run_folder(options.output, plan, seed)
-    if any(one.seed == seed for one in plan.found()) and not run.is_dir():
-        print(f"{plan.target(seed)} counts, but its model is not in {run}, so nothing more is measured of it.")
-        return False
+    if trouble := obstacle(plan, seed, run):
+        return trouble
     print(f"\n{plan.setting.title}, {plan.folder.name}, seed {seed}: {run}", flush=True)
     for command in commands(options, plan, seed):
         if subprocess.run(command).returncode:
-            return False
+            return f"{run}: failed, see above; the same command resumes it."
     if matching_precision(plan.recipe(seed), read_results(run / "results.json")) is None:
-        print(f"{run} has results of another recipe than {plan.recipe_path}; they are not taken over.")
-        return False
+        return f"{run} has results of another recipe than {plan.recipe_path}; they are not taken over."
     collect_run(run, plan.target(seed))
-    return True
+    return None
 
 
 def collect(options: argparse.Namespace) -> None:

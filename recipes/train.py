@@ -162,6 +162,8 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str, heads: list[
     dataset = {"name": public_name(data.dataset), "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
     dataset |= {"description": train.description, "few_below": recipe.evaluation.few_below}
     dataset["many_above"] = recipe.evaluation.many_above
+    # Figures on other images than the whole training and test set are not the paper's.
+    dataset |= {name: value for name in ("test_split", "validation_fraction") if (value := getattr(data, name))}
     return {
         "recipe_digest": digest,
         "seed": recipe.seed,

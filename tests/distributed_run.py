@@ -10,6 +10,7 @@ import torch
 from small_images import SmallImages, network_without_batch_statistics
 from transformers import set_seed
 
+from nc_hf.evaluation import geometry_of
 from nc_hf.models.classifier import load_classifier
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
@@ -63,6 +64,8 @@ def main(folder: Path) -> None:
     odd = SmallImages(counts=(53, 30, 12, 6))  # 101 images, a number that no batch divides
     labels = torch.cat([labels for _, _, labels in run.iterate_features(odd)])
     answers["counted"] = torch.bincount(labels).tolist()
+    fresh = trainer(folder, processes, network_without_batch_statistics(), centers="ema")
+    answers["geometry"] = geometry_of(fresh, odd, fresh.class_means(odd))
     set_seed(0)
     run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned")
     run.train()

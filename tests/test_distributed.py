@@ -53,6 +53,13 @@ def test_every_image_is_counted_once(runs):
     assert [answers["counted"] for answers in runs] == [[53, 30, 12, 6]] * 3
 
 
+def test_the_geometry_of_two_processes_is_that_of_one(runs):
+    alone, first, second = (answers["geometry"] for answers in runs)
+    assert first == second
+    assert first == pytest.approx(alone, rel=1e-5)
+    assert alone["nc1_variability"] > 0 and "nc2_min_angle" in alone and "nc3_duality_gap" in alone
+
+
 def test_a_bad_loss_on_one_process_stops_both(runs):
     alone, first, second = (answers["nonfinite"] for answers in runs)
     assert "(in loss_supervised, loss_within)" in second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch import nn
 
 from nc_hf import save_pretrained
 from nc_hf.image_sets import image_sets, read_splits
-from nc_hf.inspect import check_classes, geometry_table, inspect_classifier, main, take_option
+from nc_hf.inspect import check_classes, geometry_table, inspect_classifier, main, recipe_for, take_option
 from nc_hf.models.classifier import image_settings
 from nc_hf.recipe import load_recipe
 
@@ -131,6 +132,41 @@ def test_data_that_cannot_be_the_models_are_refused():
 def test_a_command_without_a_model_says_how_to_use_it():
     with pytest.raises(SystemExit, match="python -m nc_hf.inspect <folder or Hub id>"):
         main(["--data", "digits"])
+
+
+def test_the_data_are_those_of_the_recipe_that_is_nearest(tmp_path):
+    stage = tmp_path / "run/stage1"
+    stage.mkdir(parents=True)
+    with pytest.raises(ValueError, match="stage1 has no recipe.yaml, so its data are not known.*--data.dataset"):
+        recipe_for(str(stage), ["--data.imbalance_ratio", "3"])
+    named = recipe_for(str(stage), ["--data.dataset=cifar100", "--data.imbalance_ratio", "3"])
+    assert (named.data.dataset, named.data.imbalance_ratio) == ("cifar100", 3)
+    (tmp_path / "run/recipe.yaml").write_text("data: {dataset: cifar10, imbalance_ratio: 50}")
+    beside = recipe_for(str(stage), ["--data.imbalance_ratio", "3"])
+    assert (beside.data.dataset, beside.data.imbalance_ratio) == ("cifar10", 3)
+    (stage / "recipe.yaml").write_text("data: {dataset: fashion_mnist}")
+    assert recipe_for(f"local-dir:{stage}", []).data.dataset == "fashion_mnist"
+    given = recipe_for(str(stage), [str(ROOT / "recipes/digits_lt/nc_drw_crt.yaml"), "--data.imbalance_ratio", "3"])
+    assert (given.data.dataset, given.data.imbalance_ratio) == ("digits", 3)
+
+
+def test_the_recipe_of_a_hub_id_is_that_of_the_asked_revision(tmp_path, monkeypatch):
+    """Not the revision in that recipe: it is of the model that training started from."""
+    (tmp_path / "recipe.yaml").write_text("model: {name: timm/resnet18, revision: older}\ndata: {dataset: cifar10}")
+    asked = []
+    monkeypatch.setattr("nc_hf.models.classifier.local_folder", lambda *names: asked.append(names) or tmp_path)
+    assert recipe_for("me/model", []).model.revision is None
+    recipe = recipe_for("me/model", ["--model.revision", "v2"])
+    assert recipe.model.revision == "v2" and recipe.data.dataset == "cifar10"
+    assert asked == [("me/model", None), ("me/model", "v2")]
+
+
+def test_evaluate_refuses_a_model_of_unknown_data(tmp_path):
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "recipes/evaluate.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with pytest.raises(ValueError, match="Give a recipe after it, or name the data by --data.dataset"):
+        script.main([str(tmp_path), "--noise-std", "0.1"])
 
 
 def test_geometry_that_the_data_do_not_define_is_a_dash():
