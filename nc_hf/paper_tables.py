@@ -1,4 +1,4 @@
-"""The paper's tables and figures as data: the printed numbers, and the recipe behind each row.
+"""The paper's tables as data: the printed numbers, and the recipe behind each row.
 
 Numbers are those of "Inducing Neural Collapse in Deep Long-tailed Learning" (AISTATS 2023), top-1 accuracy in percent.
 To reproduce one more row, add it to `rows` under its printed name with the name of its recipe.
@@ -89,15 +89,6 @@ class Table:
     order: tuple[str, ...] = ()
     note: str = ""
     epochs: float | None = None
-
-
-@dataclass(frozen=True)
-class FigureSpec:
-    """A figure of the paper: for each panel its setting and the rows that can stand for it, the first that was run."""
-
-    title: str
-    kind: str
-    panels: Mapping[str, tuple[Setting, tuple[Row, ...]]]
 
 
 CIFAR10 = Setting("CIFAR-10", "cifar10", None, "cifar10_lt", BALANCED)
@@ -313,28 +304,5 @@ TABLES = {
         },
         note="The authors copied the row CE from other papers; their own run of it in Table 6 has 77.0 and 42.5 at "
         "r = 100, and +L_W & L_B 79.2 and 45.7.",
-    ),
-}
-
-_PLAIN, _NC = Row("ce"), (Row("nc"), NC_DRW)
-FIGURES = {
-    "figure2": FigureSpec(
-        "Figure 2: angles of the class means, CIFAR-10-LT, r = 100",
-        "angles",
-        {
-            "plain": (CIFAR10_LT, (_PLAIN,)),
-            "re-sampling": (CIFAR10_LT, (Row("ce_rs"),)),
-            "re-weighting": (CIFAR10_LT, (Row("ce_rw"),)),
-            "NC": (CIFAR10_LT, _NC),
-        },
-    ),
-    "figure3": FigureSpec(
-        "Figure 3: norms of the class means, CIFAR-10",
-        "norms",
-        {
-            "balanced": (CIFAR10, (_PLAIN,)),
-            "long-tailed": (CIFAR10_LT, (_PLAIN,)),
-            "long-tailed, NC": (CIFAR10_LT, _NC),
-        },
     ),
 }

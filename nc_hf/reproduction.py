@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from nc_hf.methods_table import METHODS_TABLE
-from nc_hf.paper_tables import FIGURES, Row, Setting
+from nc_hf.paper_figures import FIGURES
 from nc_hf.paper_tables import TABLES as PAPER_TABLES
+from nc_hf.paper_tables import Row, Setting
 from nc_hf.recipe import Recipe, load_recipe, recipe_digest
 from nc_hf.results import read_results, write_results
 

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nc_hf.paper_tables import FigureSpec, Setting, Table
+from nc_hf.paper_figures import FigureSpec
+from nc_hf.paper_tables import Setting, Table
 from nc_hf.recipe import Recipe
 from nc_hf.recipe_sections import defaults_of
 from nc_hf.reproduction import MEANS, Found, Plan
@@ -212,7 +213,7 @@ def _without(missing: Sequence[str]) -> str:
 
 
 def draw_paper_figure(spec: FigureSpec, panels: Mapping[str, Sequence[Plan]], path: Path) -> list[str]:
-    """Draw a figure from class means, as PNG and SVG; where there are none at all, nothing is drawn.
+    """Draw a figure from stored results, as PNG and SVG; where there are none at all, nothing is drawn.
 
     Args:
         spec: of the figure.
@@ -224,20 +225,31 @@ def draw_paper_figure(spec: FigureSpec, panels: Mapping[str, Sequence[Plan]], pa
     """
     from safetensors.torch import load_file
 
-    from nc_hf.figures import angle_figure, norm_figure, save_figure
+    from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 
-    means, counts, lines = {}, [], []
+    shown, counts, names, lines = {}, [], [], []
     for title, plans in panels.items():
-        one = next((one for plan in plans for one in plan.means()), None)
+        plan, one = next(((plan, one) for plan in plans for one in plan.means()), (None, None))
         if one is None:
             lines.append(f"{title}: not run ({' or '.join(plan.name for plan in plans)})")
             continue
-        means[title] = load_file(one.means_path)[MEANS]
+        if spec.kind == "collapse":
+            shown[title] = one.results["geometry_course"]
+        elif spec.kind == "classes":
+            shown[title] = one.results["heads"][plan.row.head]["per_class_accuracy"]
+        else:
+            shown[title] = load_file(one.means_path)[MEANS]
         # The long-tailed set orders the classes; in the balanced one all are alike.
         counts = max(counts, one.results["dataset"]["class_counts"], key=lambda sizes: len(set(sizes)))
+        names = one.results["dataset"]["class_names"]
         lines.append(f"{title}: {one.path}")
-    if means:
-        figure = (angle_figure if spec.kind == "angles" else norm_figure)(means, counts)
+    if shown:
+        if spec.kind == "collapse":
+            figure = collapse_figure(shown)
+        elif spec.kind == "classes":
+            figure = class_accuracy_figure(counts, shown, names)
+        else:
+            figure = (angle_figure if spec.kind == "angles" else norm_figure)(shown, counts, names)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, path, svg=True)
     return lines

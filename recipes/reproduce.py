@@ -4,14 +4,16 @@
     python recipes/reproduce.py table3 --dataset cifar10_lt --ratio 100 --rows NC-DRW --seeds 3 --data_dir <folder>
     python recipes/reproduce.py methods --rows "CE" "CE + NC" --data_dir <folder>
     python recipes/reproduce.py figure2 --train
+    python recipes/reproduce.py collapse
     python recipes/reproduce.py collect out/<run> ...
 
-The first shows in seconds what lies in results/. Tables 2 to 7, figures 2 and 3, and `methods`: every
-method without and with the terms, on 30 epochs. Rows that are named by `--rows` are
-run where they have no results of the same recipe, all rows with `--train`, none with `--no-train`. Each run has a
-folder under `<output>/runs`, where the same command resumes it if it was interrupted; its results then go to results/.
-Runs are of one process, or as many as the recipe expects. `collect` takes over finished runs of recipes/train.py.
-Tables are written to `<output>` as well, under the name of the columns they were cut down to, but not single rows.
+The first shows in seconds what lies in results/. There are Tables 2 to 7; Figures 2 and 3; `methods`, every method
+without and with the terms on 30 epochs; `collapse`, NC1 to NC4 over training; and `classes`, accuracy by class size.
+Rows that are named by `--rows` are run where they have no results of the same recipe, all rows with `--train`, none
+with `--no-train`. Each run has a folder under `<output>/runs`, where the same command resumes it when interrupted;
+its results then go to results/. Runs are of one process, or as many as the recipe expects. `collect` takes over
+finished runs of recipes/train.py. Tables are written to `<output>` as well, under the name of the columns they were
+cut down to, but not single rows.
 """
 
 from __future__ import annotations
@@ -55,13 +57,12 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    from nc_hf.paper_tables import FIGURES
+    from nc_hf.paper_figures import FIGURES
     from nc_hf.reproduction import TABLES, plan_row
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", choices=[*TABLES, *FIGURES, "collect"], metavar="table2…table7|methods|figure2|figure3|collect"
-    )
+    choices = [*TABLES, *FIGURES, "collect"]
+    parser.add_argument("what", choices=choices, metavar="|".join(choices))
     parser.add_argument("folders", nargs="*", help="of finished runs, to collect")
     parser.add_argument("--dataset", help="a column of the table, such as cifar10_lt; all when not given")
     parser.add_argument("--ratio", type=int, help="imbalance ratio of the column")

@@ -29,7 +29,22 @@ def measured(plan: Plan, seed: int = 0, accuracy: float = 0.8, precision: str = 
         "recipe_digest": recipe_digest(recipe, DESCRIPTION),
         "seed": seed,
         "split": "test",
-        "dataset": {"name": "cifar10", "description": DESCRIPTION, "class_counts": COUNTS},
+        "dataset": {
+            "name": "cifar10",
+            "description": DESCRIPTION,
+            "class_counts": COUNTS,
+            "class_names": [f"class {k}" for k in range(10)],
+        },
+        "geometry_course": [
+            {
+                "epoch": epoch,
+                "nc1_variability_balanced": 2 / epoch,
+                "nc2_min_angle": 60 + epoch,
+                "nc2_best_angle": 96.4,
+            }
+            | {"nc3_duality_gap": 1 / epoch, "nc4_agreement": 0.9}
+            for epoch in (1, 2)
+        ],
         "heads": {"base": metrics, "crt": {**metrics, "accuracy": accuracy + 0.01}},
         "training": {"stage1": {"seconds": 2400.0}, "stage2": {"seconds": 120.0}},
     } | changed

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from stored_results import RECIPES, cells, finished_run, measured, plan_for, store
 
-from nc_hf.paper_tables import CIFAR10_LT, FIGURES, IMAGENET_LT, Row, Setting, Table
+from nc_hf.paper_figures import FIGURES
+from nc_hf.paper_tables import CIFAR10_LT, IMAGENET_LT, Row, Setting, Table
 from nc_hf.reproduction import TABLES, Plan, plan_row
 from nc_hf.results import write_results
 
@@ -159,7 +160,8 @@ def test_figures_are_drawn_from_the_panels_that_are_there(tmp_path, script, caps
     for what in FIGURES:
         script.main([what, "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")])
         shown = capsys.readouterr().out
-        assert f"NC: {tmp_path}/results/cifar10_lt_r100/nc_drw_crt/seed0.json" in shown
+        name = "NC-DRW" if what in ("collapse", "classes") else "NC"
+        assert f"{name}: {tmp_path}/results/cifar10_lt_r100/nc_drw_crt/seed0.json" in shown
         assert "not run (cifar10_lt/ce" in shown
         assert {f"{what}.png", f"{what}.svg"} <= {path.name for path in (tmp_path / "out").iterdir()}
 

@@ -1,0 +1,55 @@
+"""The paper's figures as data, and two more of the same runs: which runs each shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nc_hf.paper_tables import CIFAR10, CIFAR10_LT, NC_DRW, NC_DRW_CRT, Row, Setting
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure: for each panel or line its setting and the rows that can stand for it, the first that was run.
+
+    `kind` is `"angles"` or `"norms"` of class means, the `"collapse"` over training, or accuracy by `"classes"`.
+    """
+
+    title: str
+    kind: str
+    panels: Mapping[str, tuple[Setting, tuple[Row, ...]]]
+
+
+_PLAIN, _NC = Row("ce"), (Row("nc"), NC_DRW)
+_COMPARED = {
+    "CE": (CIFAR10_LT, (_PLAIN,)),
+    "CE-DRW": (CIFAR10_LT, (Row("ce_drw"), Row("ce_drw_crt"))),
+    "NC-DRW": (CIFAR10_LT, (NC_DRW,)),
+}
+FIGURES = {
+    "figure2": FigureSpec(
+        "Figure 2: angles of the class means, CIFAR-10-LT, r = 100",
+        "angles",
+        {
+            "plain": (CIFAR10_LT, (_PLAIN,)),
+            "re-sampling": (CIFAR10_LT, (Row("ce_rs"),)),
+            "re-weighting": (CIFAR10_LT, (Row("ce_rw"),)),
+            "NC": (CIFAR10_LT, _NC),
+        },
+    ),
+    "figure3": FigureSpec(
+        "Figure 3: norms of the class means, CIFAR-10",
+        "norms",
+        {
+            "balanced": (CIFAR10, (_PLAIN,)),
+            "long-tailed": (CIFAR10_LT, (_PLAIN,)),
+            "long-tailed, NC": (CIFAR10_LT, _NC),
+        },
+    ),
+    "collapse": FigureSpec("NC1 to NC4 over training, CIFAR-10-LT, r = 100", "collapse", _COMPARED),
+    "classes": FigureSpec(
+        "Accuracy by class size, CIFAR-10-LT, r = 100",
+        "classes",
+        {**_COMPARED, "NC-DRW-cRT": (CIFAR10_LT, (NC_DRW_CRT,))},
+    ),
+}
