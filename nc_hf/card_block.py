@@ -25,6 +25,22 @@ def escaped(text: Any) -> str:
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
+def metadata_of(readme: str) -> dict[str, Any]:
+    """The metadata at the top of a README.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    return _parsed(readme).data.to_dict()
+
+
+def _parsed(readme: str) -> RepoCard:
+    try:
+        return RepoCard(readme)
+    except Exception as error:  # of the YAML parser
+        raise ValueError(f"the metadata of the README cannot be read ({error}). Mend it there.") from error
+
+
 def merge_cards(ours: str, theirs: str) -> str:
     """A README on the Hub brought up to date.
 
@@ -33,16 +49,15 @@ def merge_cards(ours: str, theirs: str) -> str:
         theirs: the README on the Hub.
 
     Returns:
-        `theirs` with our block replaced and our metadata keys set. Where a person took the marks out, the body stays
-        as it is; an empty one becomes ours.
+        `theirs` with our block replaced and our metadata keys set; results (model-index) that `ours` does not have
+        go. Where a person took the marks out, the body stays as it is; an empty one becomes ours.
 
     Raises:
         ValueError: when the metadata of `theirs` cannot be read.
     """
-    try:
-        new, old = RepoCard(ours), RepoCard(theirs)
-    except Exception as error:  # of the YAML parser
-        raise ValueError(f"the metadata of the README on the Hub cannot be read ({error}). Mend it there.") from error
+    new, old = RepoCard(ours), _parsed(theirs)
+    if "model-index" not in new.data:
+        old.data.pop("model-index")
     for key, value in new.data.to_dict().items():
         old.data[key] = _union(old.data.get(key), value) if key == "tags" else value
     block = OUR_BLOCK.search(new.text)

@@ -24,6 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 BARS = "#BBBBBB"
 WIDTH, DPI = 8.0, 200  # inches and dots an inch: 1600 pixels, shown at half that on the Hub
 MOST_NAMES = 30  # of classes on an axis
+MOST_MATRIX_NAMES = 20  # on both axes of a matrix
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "nc_hf"}
 
 
@@ -98,7 +99,7 @@ def _mark_groups(axes: Sequence[Axes], counts: np.ndarray, few_below: int, many_
             )
 
 
-def _name_classes(ax: Axes, order: np.ndarray, class_names: Sequence[str] | None) -> None:
+def _name_classes(ax: Axes, order: np.ndarray | Tensor, class_names: Sequence[str] | None) -> None:
     if class_names is not None and len(order) <= MOST_NAMES:
         names = [_plain(class_names[k]) for k in order]
         long = max(map(len, names)) * len(names) > 90
@@ -107,12 +108,15 @@ def _name_classes(ax: Axes, order: np.ndarray, class_names: Sequence[str] | None
         ax.set_xlabel(f"{len(order)} classes, by number of training images")
 
 
-def angle_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Figure:
+def angle_figure(
+    means: Mapping[str, Tensor], class_counts: Sequence[int], class_names: Sequence[str] | None = None
+) -> Figure:
     """Figure 2 of the paper: pairwise angles of the centered class means, one heat-map a method, on one color scale.
 
     Args:
         means: (K, P) class means by the name of a method.
         class_counts: (K,) training images; classes are ordered by them, those without any are left out.
+        class_names: K names, shown where there is room.
 
     Raises:
         ValueError: for a mean that is not finite.
@@ -126,19 +130,28 @@ def angle_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Fi
         width = WIDTH if len(angles) > 1 else 0.65 * WIDTH
         figure = Figure(figsize=(width, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(angles)))
+        order = _present(class_counts)
+        names = [_plain(class_names[k]) for k in order] if class_names and len(order) <= MOST_MATRIX_NAMES else []
         for ax, (name, matrix) in zip(axes, angles.items(), strict=True):
             image = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
             ax.set_title(f"{_plain(name)}\nsmallest {np.nanmin(matrix):.1f}°", fontsize=10)
-            ax.set(xlabel="class, by number of training images")
             ax.spines[:].set_visible(True)
-        bar = figure.colorbar(image, ax=axes, label="angle (degrees)", shrink=0.85)
+            if names:
+                ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+                ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
+            else:
+                ax.set(xlabel="class, by number of training images")
+        # The line on the scale is the best angle, which the words beside it name.
+        words = f"angle (degrees); {'best' if reachable else 'bound'} {best:.1f}°"
+        bar = figure.colorbar(image, ax=axes, label=words, shrink=0.85)
         bar.ax.axhline(best, color="white", linewidth=2.5)
         bar.ax.axhline(best, color="black", linewidth=1.2)
-        bar.ax.set_title(f"{'best' if reachable else 'bound'} {best:.1f}°", fontsize=9)
     return figure
 
 
-def norm_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Figure:
+def norm_figure(
+    means: Mapping[str, Tensor], class_counts: Sequence[int], class_names: Sequence[str] | None = None
+) -> Figure:
     """Figure 3 of the paper: norms of the centered class means, classes ordered by size, one line a method.
 
     Norms are divided by their mean, since the scale of features is each network's own.
@@ -146,6 +159,7 @@ def norm_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Fig
     Args:
         means: (K, P) class means by the name of a method.
         class_counts: (K,) training images; classes without any are left out.
+        class_names: K names, shown where there is room.
 
     Raises:
         ValueError: for a mean that is not finite.
@@ -158,7 +172,8 @@ def norm_figure(means: Mapping[str, Tensor], class_counts: Sequence[int]) -> Fig
             size = 5 if len(norms) <= 100 else 2
             lines += ax.plot(norms / norms.mean(), markersize=size, **_look(number))
         ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        ax.set(xlabel="class, by number of training images", ylabel="norm of the centered\nclass mean / their mean")
+        _name_classes(ax, _present(class_counts), class_names)
+        ax.set_ylabel("norm of the centered\nclass mean / their mean")
         ax.set_ylim(bottom=0)
         _legend(ax, lines, means)
     return figure
@@ -206,12 +221,17 @@ def collapse_figure(courses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
 
 def _centered(means: Tensor, class_counts: Sequence[int], name: str) -> Tensor:
     """Class means of the present classes by falling size, minus their mean, (K', P) in float64."""
-    counts = torch.as_tensor(class_counts)
-    order = counts.argsort(descending=True, stable=True)
-    means = means.detach().cpu().double()[order[counts[order] > 0]]
+    means = means.detach().cpu().double()[_present(class_counts)]
     if not means.isfinite().all():
         raise ValueError(f"the class means of {name!r} are not finite. Check that training did not diverge.")
     return means - means.mean(dim=0)
+
+
+def _present(class_counts: Sequence[int]) -> Tensor:
+    """Indices of the classes with training images, by falling size."""
+    counts = torch.as_tensor(class_counts)
+    order = counts.argsort(descending=True, stable=True)
+    return order[counts[order] > 0]
 
 
 def _of_length(values: Sequence[Any], length: int, name: str) -> Sequence[Any]:

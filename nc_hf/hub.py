@@ -54,7 +54,7 @@ def save_pretrained(
         ValueError: for a model of neither library, or another number of names than classes.
     """
     folder, inner = Path(folder), getattr(model, "timm_model", model)
-    label_names = _label_names(model, label_names)
+    label_names = label_names_of(model, label_names)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         staged = Path(temporary)
@@ -82,8 +82,12 @@ def save_pretrained(
     return folder
 
 
-def _label_names(model: nn.Module, label_names: Sequence[str] | None) -> list[str]:
-    """The names given, else the model's own, else numbers."""
+def label_names_of(model: nn.Module, label_names: Sequence[str] | None = None) -> list[str]:
+    """The K names that a saved model has: those given, else the model's own, else numbers.
+
+    Raises:
+        ValueError: for a model of neither library, or another number of names than classes.
+    """
     if hasattr(model, "pretrained_cfg"):
         num_labels, own = model.num_classes, model.pretrained_cfg.get("label_names")
     elif hasattr(model, "config"):

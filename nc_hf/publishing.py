@@ -10,18 +10,28 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
 from nc_hf.card_block import merge_cards
 from nc_hf.doors import check_doors
 from nc_hf.model_card import renewed_card
+from nc_hf.models.saved_folder import HUB_FILES
 
 logger = logging.getLogger(__name__)
 
 # No file that needs pickle, no checkpoint and nothing unforeseen is ever uploaded.
-UPLOADED = (".json", ".safetensors", ".md", ".yaml", ".png", ".svg")
-EVALUATIONS = ".eval_results/"  # where the Hub looks for results
+UPLOADED = (
+    *(*HUB_FILES, "results.json", "twin.json", "recipe.yaml", "[!.]*.md"),
+    *("figures/*.png", "figures/*.svg", "seeds/*.json"),
+    ".eval_results/*.yaml",  # where the Hub looks for results
+)
 TEMPORARY = (408, 429, 500, 502, 503, 504)
 WAITS = (1, 4, 16)  # seconds before the second, third and last try
 MOVED_ON = 412  # the branch has another head than the one that was read
@@ -48,20 +58,20 @@ def check_access(repo_id: str, *, token: str | None = None) -> str:
     api = HfApi(token=token)
     try:
         validate_repo_id(repo_id)
-        user = api.whoami()
+        user = retried(api.whoami)
         repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise ValueError("the token may only read. Make one that may write, and `hf auth login` with it.")
         owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
         if repo_id.split("/")[0] not in owners:
             raise ValueError(f"the token is for {', '.join(owners)}. Choose one of these in place of {repo_id!r}.")
-        if api.repo_exists(repo_id):
-            api.auth_check(repo_id, write=True)
+        if retried(lambda: api.repo_exists(repo_id)):
+            retried(lambda: api.auth_check(repo_id, write=True))
         return repo_id
     except LocalTokenNotFoundError:
         raise PushError(f"cannot push to {repo_id}: there is no token. Run `hf auth login` first.") from None
     except (ValueError, OSError, httpx2.HTTPError) as error:
-        raise PushError(f"cannot push to {repo_id}: {reason_of(error)}") from error
+        raise PushError(f"cannot push to {repo_id}: {reason_of(error, token)}") from error
 
 
 def push_folder(
@@ -97,15 +107,15 @@ def push_folder(
         PushError: when it does not succeed; nothing local is changed by that, and a later push completes it.
     """
     folder = Path(folder)
-    options = {"private": private, "revision": revision, "create_pr": create_pr or None}
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} has no config.json: it is not a saved classifier.")
+    place = {"private": private, "revision": revision, "create_pr": create_pr}
+    if check:
+        check_folder(folder, repo_id, **place)
     try:
-        if check:
-            check_doors(folder)
         card = renewed_card(folder, repo_id)
-    except (RuntimeError, ValueError) as error:
-        raise PushError(f"{folder} is not pushed to {repo_id}: {error}") from error
+    except (ValueError, OSError) as error:
+        raise _refused(folder, repo_id, error, place) from error
     try:
         api = HfApi(token=token)
         url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
@@ -117,15 +127,45 @@ def push_folder(
     except Exception as error:
         # Whatever a client or a file system raises here, the folder stays and the user is told how to go on.
         raise PushError(
-            f"the push to {repo_id} failed: {reason_of(error)}\n"
-            f"The folder {folder} is complete. Push it later with\n    {push_command(folder, repo_id, **options)}"
+            f"the push to {repo_id} failed: {reason_of(error, token)}\n"
+            f"The folder {folder} is complete. Push it later with\n    {push_command(folder, repo_id, **place)}"
         ) from error
     logger.info("pushed %s to %s", folder, commit.pr_url or url)
     return commit.pr_url or str(url)
 
 
-def push_command(folder: str | Path, repo_id: str, **options: Any) -> str:
+def check_folder(folder: str | Path, repo_id: str, **place: Any) -> None:
+    """Open a folder through every door before it is pushed.
+
+    Args:
+        folder: as for `push_folder`.
+        repo_id: `"user/name"`.
+        **place: `private`, `revision` and `create_pr` of the push.
+
+    Raises:
+        PushError: naming the door that does not open, and the command that pushes the mended folder.
+    """
+    try:
+        check_doors(folder)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _refused(Path(folder), repo_id, error, place) from error
+
+
+def _refused(folder: Path, repo_id: str, error: Exception, place: dict[str, Any]) -> PushError:
+    command = push_command(folder, repo_id, **place)
+    return PushError(f"{folder} is not pushed to {repo_id}: {error}\nOnce that is mended, push it with\n    {command}")
+
+
+def push_command(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
     """The command line that pushes a folder."""
+    options = {"private": private, "revision": revision, "create_pr": create_pr or None}
     given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
     return f"""python -c "import nc_hf; nc_hf.push_folder({str(folder)!r}, {repo_id!r}{given})\""""
 
@@ -159,22 +199,27 @@ def _commit_once(
 
 
 def _operations(folder: Path, readme: str | None) -> Iterator[CommitOperationAdd]:
-    for path in sorted(folder.rglob("*")):
+    for path in sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()}):
         name = path.relative_to(folder).as_posix()
-        hidden = name.startswith(".") and not name.startswith(EVALUATIONS)
-        if path.is_file() and path.suffix in UPLOADED and not hidden and name != "README.md":
+        if name != "README.md":
             yield CommitOperationAdd(name, path)
     if readme is not None:
         yield CommitOperationAdd("README.md", readme.encode())
 
 
 def _merged_readme(api: HfApi, card: str, repo_id: str, head: str) -> str | None:
-    """The README to commit; None leaves the one on the Hub as it is."""
+    """The README to commit; None leaves the one on the Hub as it is.
+
+    Raises:
+        OSError: when it cannot be read now, which is no sign that there is none.
+    """
     try:
         path = retried(lambda: api.hf_hub_download(repo_id, "README.md", revision=head))
         return merge_cards(card, Path(path).read_text(encoding="utf-8"))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return card
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"the README there cannot be read: {reason_of(error.__cause__ or error)}") from error
     except ValueError as error:
         logger.warning("The README of %s is left as it is: %s", repo_id, error)
         return None
@@ -196,6 +241,8 @@ def retried(call: Callable[[], Any]) -> Any:
 def _is_temporary(error: BaseException | None) -> bool:
     """Whether the error, or what it comes from, is a fault of the moment."""
     while error is not None:
+        if isinstance(error, OfflineModeIsEnabled):
+            return False
         if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
             return error.response.status_code in TEMPORARY
         # ConnectionError is also what the Xet client raises for any failed transfer.
@@ -205,7 +252,9 @@ def _is_temporary(error: BaseException | None) -> bool:
     return False
 
 
-def reason_of(error: BaseException) -> str:
-    """What went wrong, without the token."""
-    text, token = str(error).strip() or type(error).__name__, get_token()
-    return text.replace(token, "<token>") if token else text
+def reason_of(error: BaseException, given: str | None = None) -> str:
+    """What went wrong, without the token that is stored and the one that was given."""
+    text = str(error).strip() or type(error).__name__
+    for token in filter(None, (given, get_token())):
+        text = text.replace(token, "<token>")
+    return text

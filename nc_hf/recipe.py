@@ -114,8 +114,8 @@ def recipe_digest(recipe: Recipe, data_checksum: str | None = None) -> str:
         data_checksum: of the training images, where known.
     """
     data, model = _changed(recipe.data, DataConfig()), _changed(recipe.model, ModelConfig())
-    for folder in ("data_dir", "cache_dir"):
-        data.pop(folder, None)
+    for name in ("data_dir", "cache_dir", "title"):
+        data.pop(name, None)
     told: dict[str, Any] = {"version": DIGEST_VERSION, "seed": recipe.seed, "data_checksum": data_checksum}
     told["data"] = data | {"dataset": _without_folder(recipe.data.dataset)}
     told["model"] = model | {"name": _without_folder(recipe.model.name)}

@@ -44,6 +44,7 @@ class DataConfig:
     """The images: a name that nc_hf knows, a Hub id or a folder; long-tailed as they are, or made so."""
 
     dataset: str = "digits"
+    title: str | None = None  # what cards call images of one's own
     data_dir: str | None = None
     config_name: str | None = None
     image_column: str | None = None
@@ -79,7 +80,7 @@ class HubConfig:
     """Where a finished model is pushed; the token comes from `hf auth login`, never from here."""
 
     repo_id: str | None = None
-    private: bool = False
+    private: bool | None = None  # of a new repository; null leaves it to the account's or organization's default
     revision: str | None = None
     create_pr: bool = False
 

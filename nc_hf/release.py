@@ -16,8 +16,11 @@ from nc_hf.data.provenance import PROVENANCE
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 from nc_hf.hub import load_heads
 from nc_hf.model_card import write_card
-from nc_hf.recipe import Recipe, dump_recipe, load_recipe
+from nc_hf.recipe import Recipe, dump_recipe, load_recipe, recipe_digest
 from nc_hf.results import read_results, write_results
+
+PATHS = ("/", "~", "./", "../", "local-dir:")
+SECTIONS = ("model", "data", "stage1", "stage2")  # of a recipe, those that decide the weights
 
 
 def build_release(
@@ -38,12 +41,12 @@ def build_release(
         folder: to write, `release` in the run when None; of one that is there, only the README keeps what it had.
         repo_id: Hub id that the card's examples name; they name the folder when None.
         twin: a run of the same settings without the collapse terms, for comparison.
-        seeds: runs of the same recipe with other seeds.
+        seeds: runs of the same recipe, each with another seed.
         **metadata: entries of the card's metadata, such as `license`.
 
     Raises:
         FileNotFoundError: for a run that is not finished.
-        ValueError: for a figure that is not finite.
+        ValueError: for a figure that is not finite, or seeds that are of another recipe or were given twice.
     """
     run = Path(run)
     folder = run / "release" if folder is None else Path(folder)
@@ -51,7 +54,8 @@ def build_release(
     results = read_results(run / "results.json")
     if stage is None or not results.get("heads"):
         raise FileNotFoundError(f"{run} has no results.json and saved stage. Let the run finish first.")
-    for old in ("twin.json", "seeds", "figures"):
+    others = _results_of_seeds(run, results, seeds)
+    for old in ("twin.json", "seeds", "figures", ".eval_results"):
         shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(missing_ok=True)
     shutil.copytree(stage, folder, dirs_exist_ok=True)
     write_results(folder / "results.json", results)
@@ -59,14 +63,31 @@ def build_release(
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     if twin is not None:
         write_results(folder / "twin.json", read_results(Path(twin) / "results.json"))
-    for other in seeds:
+    for seed, other in others.items():
         (folder / "seeds").mkdir(exist_ok=True)
-        others = read_results(Path(other) / "results.json")
-        write_results(folder / "seeds" / f"seed{others['seed']}.json", others)
+        write_results(folder / "seeds" / f"seed{seed}.json", other)
     _write_evaluation(folder, results)
     _draw_figures(folder, results, _class_means(run), None if twin is None else _class_means(Path(twin)))
     write_card(folder, repo_id, **metadata)
     return folder
+
+
+def _results_of_seeds(run: Path, results: dict[str, Any], seeds: Sequence[str | Path]) -> dict[int, dict[str, Any]]:
+    """Results by seed of further runs, which must differ from this one in the seed alone."""
+    recipe, others = _without_paths(load_recipe(run / "recipe.yaml")), {results["seed"]: results}
+    for other in map(Path, seeds):
+        theirs, found = _without_paths(load_recipe(other / "recipe.yaml")), read_results(other / "results.json")
+        if recipe_digest(dataclasses.replace(theirs, seed=recipe.seed)) != recipe_digest(recipe):
+            sections = [name for name in SECTIONS if getattr(theirs, name) != getattr(recipe, name)]
+            raise ValueError(
+                f"{other} is of another recipe than {run}: {', '.join(sections)} differ. Give runs that differ in the "
+                "seed alone."
+            )
+        if found["seed"] in others:
+            raise ValueError(f"{other} has the seed {found['seed']} as well. Give one run of each seed.")
+        others[found["seed"]] = found
+    del others[results["seed"]]
+    return others
 
 
 def _write_evaluation(folder: Path, results: dict[str, Any]) -> None:
@@ -104,8 +125,8 @@ def _draw_figures(
         courses = {_method(twin): twin.get("geometry_course"), **courses}
         panels = {_method(twin): means_without_terms, **panels}
     if means is not None:
-        save_figure(angle_figure(panels, counts), figures / "angles")
-        save_figure(norm_figure(panels, counts), figures / "norms")
+        save_figure(angle_figure(panels, counts, dataset["class_names"]), figures / "angles")
+        save_figure(norm_figure(panels, counts, dataset["class_names"]), figures / "norms")
     if courses := {name: course for name, course in courses.items() if course}:
         save_figure(collapse_figure(courses), figures / "collapse")
 
@@ -122,11 +143,16 @@ def _class_means(run: Path) -> Tensor | None:
 
 def _without_paths(recipe: Recipe) -> Recipe:
     """The recipe as anybody may run it: no folder of this machine."""
-    data = dataclasses.replace(recipe.data, data_dir=None, cache_dir=None, dataset=_last_part(recipe.data.dataset))
-    model = dataclasses.replace(recipe.model, name=_last_part(recipe.model.name))
-    return dataclasses.replace(recipe, output_dir="out", data=data, model=model)
+    data = dataclasses.replace(recipe.data, data_dir=None, cache_dir=None, dataset=public_name(recipe.data.dataset))
+    model = dataclasses.replace(recipe.model, name=public_name(recipe.model.name))
+    stages = {
+        stage: settings and {key: value for key, value in settings.items() if key != "resume_from_checkpoint"}
+        for stage, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
+    }
+    return dataclasses.replace(recipe, output_dir="out", data=data, model=model, **stages)
 
 
-def _last_part(name: str) -> str:
-    path = name.removeprefix("local-dir:")
-    return Path(path).name if path.startswith(("/", "~", "./", "../")) else name
+def public_name(source: str) -> str:
+    """What may be published of the name of a model or data set: of a folder, the last part of its path."""
+    path = Path(source.removeprefix("local-dir:"))
+    return path.expanduser().resolve().name if source.startswith(PATHS) or path.is_dir() else source

@@ -33,22 +33,28 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the libraries, the git revision if there is one, and the kind of machine."""
+    """Versions of the libraries, nc_hf's git revision if it is in a repository, and the kind of machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "device": device,
         "threads": torch.get_num_threads(),
     }
 
 
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def git_revision(file: Path = Path(__file__)) -> str | None:
+    """HEAD of the repository that keeps nc_hf; an installed package may lie in a repository that does not."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def results_table(results: dict[str, Any]) -> str:

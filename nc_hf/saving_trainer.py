@@ -13,9 +13,9 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from nc_hf.checkpoints import check_agreement, check_names, mark_complete, newest_complete
-from nc_hf.hub import save_pretrained
+from nc_hf.hub import label_names_of, save_pretrained
 from nc_hf.model_card import ACCURACIES, write_card
-from nc_hf.publishing import PushError, check_access, push_folder
+from nc_hf.publishing import PushError, check_access, check_folder, push_folder
 from nc_hf.results import environment, write_results
 from nc_hf.task import ClassificationTask
 
@@ -28,8 +28,8 @@ class SavingTrainer(Trainer):
     """The part of `NCTrainer` that writes: it keeps the whole task in checkpoints and gives away the classifier alone.
 
     What goes to the Hub is a folder of its own, `hub` in the output folder, with the model, its card and no file that
-    needs pickle. A push that fails while training goes on is logged at once and tried again at the end; if it fails
-    then too, `train` raises `PushError` after everything has been saved.
+    needs pickle. A push in the background that fails is logged at once. One of the training is tried again at its end;
+    if it fails then too, `train` raises `PushError` after everything has been saved.
     """
 
     task: ClassificationTask
@@ -115,7 +115,17 @@ class SavingTrainer(Trainer):
     # ---- The Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make sure that a push can succeed, before anything is trained; the first push makes the repository."""
+        """Make sure that a push can succeed, before anything is trained; the first push makes the repository.
+
+        Raises:
+            PushError: when it cannot.
+        """
+        inner = getattr(self.classifier, "timm_model", self.classifier)
+        if not hasattr(inner, "pretrained_cfg") and self.processing_class is None:  # timm's own configs have it all
+            raise PushError(
+                f"{type(inner).__name__} cannot be pushed without its image processor, which others need to open it. "
+                "Give NCTrainer the one that load_classifier returns beside the model, as processing_class."
+            )
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             self.hub_model_id = check_access(name, token=token or self.args.hub_token)
@@ -137,20 +147,25 @@ class SavingTrainer(Trainer):
 
     def task_label_names(self) -> list[str]:
         """The K names of the classes: those given, those of the model, or numbers."""
-        if self.class_names is not None:
-            return list(self.class_names)
-        own = getattr(getattr(self.task.classifier, "config", None), "id2label", None)
-        return [name for _, name in sorted(own.items())] if own else [str(k) for k in range(self.task.num_classes)]
+        return label_names_of(self.task.classifier, self.class_names)
 
     def _last_evaluation(self) -> dict[str, Any]:
-        """Accuracies of the last `evaluate`, if it was told to measure any."""
-        last = next((log for log in reversed(self.state.log_history) if "eval_accuracy" in log), {})
+        """Accuracies of the weights that are saved now, if `evaluate` was told to measure any of them."""
+        history, step = self.state.log_history, self.state.global_step
+        trained = next((k for k, log in enumerate(history) if "train_runtime" in log), len(history))
+        if self.args.load_best_model_at_end and trained < len(history):
+            step = self.state.best_global_step
+        of_these = [log for k, log in enumerate(history) if k > trained or log["step"] == step]
+        last = next((log for log in reversed(of_these) if "eval_accuracy" in log), {})
         metrics = {
             name: last[f"eval_{name}"]
             for name in (*ACCURACIES, "class_mean_accuracy", "ece")
             if f"eval_{name}" in last
         }
-        return {"split": "evaluation", "heads": {"base": metrics}} if metrics else {}
+        if not metrics:
+            return {}
+        epoch = next((log["epoch"] for log in history if log["step"] == step and "epoch" in log), None)
+        return {"split": "evaluation", "epoch": epoch, "heads": {"base": metrics}}
 
     def push_to_hub(
         self,
@@ -165,7 +180,8 @@ class SavingTrainer(Trainer):
 
         Args:
             commit_message: title of the commit.
-            blocking: wait for the end of the upload.
+            blocking: wait for the end of the upload. One that is not waited for logs its failure, and the future that
+                is returned raises it.
             token: the one of the arguments, or else of `hf auth login`, when None.
             revision: the branch; `hub_revision` of the arguments when None.
             private: visibility of a new repository; `hub_private_repo` of the arguments when None.
@@ -183,13 +199,13 @@ class SavingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
-        options = {"create_pr": kwargs.pop("create_pr", False), "commit_message": commit_message}
-        options |= {"token": token, "revision": revision, "private": private, "check": blocking}
+        place = {"private": private, "revision": revision, "create_pr": kwargs.pop("create_pr", False)}
         kwargs.pop("model_name", None)
-        self.export(str(self._hub_folder()))
-        self.create_model_card(**kwargs)
-        push = self._start_push(**options)
-        return push.result() if blocking else push
+        push = self._start_push(commit_message, kwargs, token=token, **place)
+        if blocking:
+            return push.result()
+        push.add_done_callback(_log_failure)
+        return push
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the model in the background after a save (`hub_strategy="every_save"`)."""
@@ -201,19 +217,33 @@ class SavingTrainer(Trainer):
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.export(str(self._hub_folder()))
-        self.create_model_card()
-        # Opening the doors draws random numbers, which the training beside it must not notice.
-        push = self._start_push(commit_message=f"Training in progress, step {self.state.global_step}", check=False)
-        push.add_done_callback(_log_failure)
+        self._start_push(f"Training in progress, step {self.state.global_step}").add_done_callback(_log_failure)
 
-    def _start_push(self, **options: Any) -> Future:
+    def _start_push(
+        self,
+        commit_message: str | None,
+        metadata: dict[str, Any] | None = None,
+        token: str | None = None,
+        **place: Any,
+    ) -> Future:
+        """Write the folder and push it from another thread; the future says what went wrong.
+
+        The doors are opened in this one: from another, they would draw random numbers of the training beside them.
+        """
+        self.export(str(self._hub_folder()))
+        self.create_model_card(**(metadata or {}))
+        defaults = {"private": self.args.hub_private_repo, "revision": self.args.hub_revision}
+        place = defaults | {name: value for name, value in place.items() if value is not None}
+        try:
+            check_folder(self._hub_folder(), self.hub_model_id, **place)
+        except PushError as error:
+            self._push = Future()
+            self._push.set_exception(error)
+            return self._push
         if self._pusher is None:
             self._pusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
-        defaults = {"token": self.args.hub_token, "revision": self.args.hub_revision}
-        defaults["private"] = self.args.hub_private_repo
-        given = {name: value for name, value in options.items() if value is not None}
-        self._push = self._pusher.submit(push_folder, self._hub_folder(), self.hub_model_id, **defaults | given)
+        options = {"token": token or self.args.hub_token, "commit_message": commit_message, "check": False}
+        self._push = self._pusher.submit(push_folder, self._hub_folder(), self.hub_model_id, **options, **place)
         return self._push
 
     def _finish_current_push(self) -> None:
@@ -226,4 +256,4 @@ class SavingTrainer(Trainer):
 
 def _log_failure(push: Future) -> None:
     if error := push.exception():
-        logger.warning("Training goes on, but %s", error if isinstance(error, PushError) else repr(error))
+        logger.warning("in the background, %s", error if isinstance(error, PushError) else repr(error))

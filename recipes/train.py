@@ -159,7 +159,8 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str, heads: list[
     from nc_hf.results import environment
 
     data, train = recipe.data, images["train"]
-    dataset = {"name": public_name(data.dataset), "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
+    name = data.title or public_name(data.dataset)
+    dataset = {"name": name, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
     dataset |= {"description": train.description, "few_below": recipe.evaluation.few_below}
     dataset["many_above"] = recipe.evaluation.many_above
     # Figures on other images than the whole training and test set are not the paper's.
@@ -226,7 +227,8 @@ def train_stage(
         trainer = retrain_classifier(model, images["train"], args, resume_from_checkpoint=True, **shared)
     # Of a run that was cut off, the time of the last call alone would say nothing.
     wall = {} if resumed else {"seconds": time.perf_counter() - started}
-    return trainer, wall | log.speed()
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return trainer, wall | log.speed() | {"batch": batch, "processes": args.world_size}
 
 
 def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:

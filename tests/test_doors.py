@@ -119,6 +119,18 @@ def test_the_check_names_a_door_that_gives_something_else(folders, monkeypatch):
         check_doors(folders[name])
 
 
+def test_classes_of_one_name_are_no_hindrance(tmp_path, monkeypatch):
+    names = ["ant", "bee", "ant", "bee"]
+    model, _ = load_classifier("test_resnet", 4)
+    folder = save_pretrained(model, tmp_path / "twins", label_names=names)
+    assert check_doors(folder)
+    other = save_pretrained(load_classifier("test_resnet", 4)[0], tmp_path / "others", label_names=names)
+    open_pipeline = OPENERS["pipeline"]
+    monkeypatch.setitem(OPENERS, "pipeline", lambda _: open_pipeline(other))
+    with pytest.raises(RuntimeError, match="twins gives other scores through pipeline"):
+        check_doors(folder)
+
+
 def test_the_check_names_a_door_that_does_not_open(folders, tmp_path):
     folder = tmp_path / "half"
     folder.mkdir()

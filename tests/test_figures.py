@@ -56,7 +56,7 @@ def test_angles_of_a_simplex_are_the_best_ones():
     low, high = first.get_clim()
     assert low == pytest.approx(np.nanmin(second.get_array().data)) and high >= best
     assert f"smallest {best:.1f}°" in figure.axes[0].get_title()
-    assert f"best {best:.1f}°" in [ax.get_title() for ax in figure.axes]
+    assert f"best {best:.1f}°" in figure.axes[-1].get_ylabel()
 
 
 def test_angles_leave_out_absent_classes_and_order_the_others():
@@ -68,6 +68,30 @@ def test_angles_leave_out_absent_classes_and_order_the_others():
     centered = present - present.mean(dim=0)
     cosine = torch.nn.functional.cosine_similarity(centered[0], centered[1], dim=0)
     assert only.get_array().data[0, 1] == pytest.approx(math.degrees(math.acos(cosine)))
+
+
+def test_classes_are_named_in_their_order_where_there_is_room():
+    means, names = torch.randn(4, 6), ["one", "nine", "none", "two"]
+    left, right, _ = angle_figure({"x": means, "y": means}, [1, 9, 0, 2], names).axes
+    (ax,) = norm_figure({"x": means}, [1, 9, 0, 2], names).axes
+    for shown in (left.get_xticklabels(), left.get_yticklabels(), right.get_xticklabels(), ax.get_xticklabels()):
+        assert [label.get_text() for label in shown] == ["nine", "two", "one"]
+    assert not any(label.get_text() for label in right.get_yticklabels())
+    many = list(map(str, range(31)))
+    for figure in (angle_figure, norm_figure):
+        assert (
+            "by number of training" in figure({"x": torch.randn(31, 6)}, range(31, 0, -1), many).axes[0].get_xlabel()
+        )
+
+
+def test_no_words_of_a_picture_run_into_each_other():
+    means = {"CE-DRW": torch.randn(10, 16), "NC-DRW": torch.randn(10, 16)}
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    figure = angle_figure(means, range(10, 0, -1), names)
+    figure.draw_without_rendering()
+    left, right, scale = figure.axes
+    boxes = [ax.get_tightbbox() for ax in (left, right, scale)]
+    assert boxes[0].x1 <= boxes[1].x0 and boxes[1].x1 <= boxes[2].x0
 
 
 def test_norms_are_relative_to_their_mean():

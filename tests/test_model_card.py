@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from nc_hf.card_block import BEGIN, END, merge_cards
 from nc_hf.hub import save_pretrained
@@ -85,6 +89,7 @@ def test_the_figures_stand_beside_the_papers(folder):
     assert "many (1), those with fewer than 20 few (1), the others medium (2)" in card
     assert "| NC2, smallest angle between them (degrees; at best 96.4) | 95 |" in card
     assert "drawn with care" in card and "@techreport{krizhevsky2009learning" in card
+    assert "@inproceedings{he2016deep" in card and "32 × 32 pixels" in card
 
 
 def test_metadata_is_what_the_hub_reads(folder):
@@ -160,11 +165,144 @@ def test_the_recipe_is_shown_with_the_settings_of_each_stage(folder):
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     card = model_card(folder, "user/name")
     assert (
-        "* Stage 1: 200 epochs of batches of 128, SGD, learning rate 0.1, weight decay 0.0005, mixup (alpha 0.2)"
-        in card
-    )
-    assert "0.01 L_W + 0.1 L_B" in card and "from 90 % of the run on" in card and "2.0 hours" in card
+        "* Stage 1: 200 epochs of batches of 128 a process, SGD, learning rate 0.1 (times 0.1 after 160 and 180 "
+        "epochs, warm-up over 5 epochs), weight decay 0.0005, mixup (alpha 0.2)"
+    ) in card
+    assert "0.01 L_W + 0.1 L_B" in card and "from epoch 180 on" in card and "2.0 hours" in card
     assert "Stage 2" not in card  # it was not run
+    assert "test images, after the last epoch" in card
+    assert "[recipe.yaml](recipe.yaml)" in card and "per_device_train_batch_size" not in card
+
+
+def test_the_batch_is_that_of_all_processes(folder):
+    recipe = load_recipe(None, ["--stage1.max_steps", "1500", "--stage1.load_best_model_at_end", "true"])
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    training = {"stage1": {"batch": 512, "processes": 4}}
+    write_results(folder / "results.json", results(training=training))
+    card = model_card(folder, "user/name")
+    assert "* Stage 1: 1,500 updates of batches of 512 (4 processes)" in card
+    assert "last epoch" not in card and "best on the validation images" in card
+
+
+def test_a_deployed_head_that_is_worse_is_said_so(folder):
+    assert "is better than" not in model_card(folder, "user/name")
+    write_results(folder / "results.json", results(heads={"base": metrics(0.83), "crt": metrics(0.8)}))
+    card = model_card(folder, "user/name")
+    assert "`base` is better than `crt`" in card and "(83.0 against 80.0)" in card
+    assert 'nc_hf.load_pretrained("user/name", head="base")' in card
+
+
+def test_class_means_stand_in_the_table_where_they_differ(folder):
+    even = {head: metrics(0.8) | {"images": 10} for head in ("base", "crt")}
+    write_results(folder / "results.json", results(heads=even))
+    card = model_card(folder, "user/name")
+    assert "| class mean |" not in card and "10 test images, equally many of each class." in card
+    uneven = {"base": even["base"] | {"class_mean_accuracy": 0.6}, "crt": even["crt"] | {"class_mean_accuracy": 0.7}}
+    write_results(folder / "results.json", results(heads=uneven))
+    card = model_card(folder, "user/name")
+    assert "| | all | class mean | many | medium | few | ECE |" in card
+    assert "(`base`) | 80.0 | 60.0 | 90.0 |" in card and "10 test images." in card
+    assert "is better than" not in card  # by the mean of the classes, the deployed one is
+
+
+def test_columns_without_a_figure_are_left_out(folder):
+    few = {
+        name: {key: value for key, value in metrics(0.8).items() if key != "accuracy_few"} for name in ("base", "crt")
+    }
+    write_results(folder / "results.json", results(heads=few, model="resnet18"))
+    assert "| | all | many | medium | ECE |" in model_card(folder, "user/name")
+
+
+def test_the_geometry_that_heads_share_is_shown_once(folder):
+    shared = results()["geometry"]["base"]["train"]
+    geometry = {head: {"train": shared | {"nc3_duality_gap": gap}} for head, gap in (("base", 0.25), ("crt", 0.5))}
+    write_results(folder / "results.json", results(geometry=geometry))
+    card = model_card(folder, "user/name")
+    assert card.count("| NC1,") == card.count("| NC4,") == 1 and card.count("| NC2,") == 2
+    assert "| NC3, distance of head and class means, `base` | 0.25 |" in card
+    assert "| NC3, distance of head and class means, `crt` | 0.5 |" in card
+
+
+def test_what_our_builders_say_of_the_data_becomes_sentences(folder):
+    digest = 16 * "37ab"
+    said = (
+        "CIFAR-10, exponential profile, imbalance ratio 100, seed 0: 595 training images, 500 to 5 a class; sha256 of "
+    )
+    for ending, sentence in (
+        ("the standard subset", "This is the standard subset: the very images"),
+        ("not the standard subset", "This is not the standard subset"),
+    ):
+        description = f"{said}pixels {digest}, {ending}"
+        heads = {head: metrics(0.8) | {"images": 10000} for head in ("base", "crt")}
+        write_results(
+            folder / "results.json",
+            results(heads=heads, dataset=results()["dataset"] | {"description": description}),
+        )
+        data = model_card(folder, "user/name").split("## Data")[1].split("## ")[0]
+        assert "Trained on 595 images of CIFAR-10 in 4 classes, 500 to 5 a class." in data
+        assert "exponential profile and the imbalance ratio 100 (largest by smallest class), seed 0." in data
+        assert sentence in data and f"sha256 of their pixels: `{digest}`" in data and description not in data
+        assert "10,000 test images, equally many of each class" in data
+
+
+def test_licence_and_calibration_are_in_the_text(folder):
+    write_card(folder, "user/name", license="apache-2.0")
+    write_card(folder, "user/name")  # the licence is kept
+    card = (folder / "README.md").read_text()
+    assert "The weights are under apache-2.0. The images of CIFAR-10 have the terms of their source." in card
+    assert "`crt` they differ from the share of right answers by 5.0 points" in card
+    assert "## Licence" not in model_card(folder, "user/name")
+
+
+@pytest.mark.parametrize(("tags", "added"), [("mine", ["mine"]), (None, []), (["mine", "nc_hf"], ["mine"])])
+def test_tags_are_one_or_several(folder, tags, added):
+    write_card(folder, "user/name", tags=tags)
+    ours = ["image-classification", "long-tailed", "class-imbalance", "neural-collapse", "nc_hf"]
+    assert metadata_load(folder / "README.md")["tags"] == [*ours, *added]
+
+
+def test_results_that_are_gone_leave_the_metadata(folder):
+    write_card(folder, "user/name", license="mit")
+    assert "model-index" in metadata_load(folder / "README.md")
+    write_results(folder / "results.json", {"dataset": {"class_names": NAMES}})
+    write_card(folder, "user/name")
+    metadata = metadata_load(folder / "README.md")
+    assert "model-index" not in metadata and metadata["license"] == "mit"
+
+
+def native_vit(folder: Path) -> Path:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=4))
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    return save_pretrained(model, folder, label_names=[*"abcd"], image_processor=processor)
+
+
+def timm_network(folder: Path) -> Path:
+    model, _ = load_classifier("test_resnet", 4)
+    return save_pretrained(model, folder, label_names=[*"abcd"], heads={"base": model.fc.state_dict()})
+
+
+@pytest.mark.parametrize("kind", ["cifar", "timm", "native"])
+def test_the_examples_run_as_they_stand_and_agree(folder, tmp_path, kind, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.effect_noise((50, 40), 90).save("photo.jpg")  # grey, as some photographs are
+    model = {"cifar": lambda _: folder, "timm": timm_network, "native": native_vit}[kind](tmp_path / "my_model")
+    dataset = {"class_names": [*"abcd"], "class_counts": COUNTS}
+    write_results(model / "results.json", {"dataset": dataset})
+    source = Path(shutil.copytree(model, "made/model") if kind == "cifar" else "my_model")
+    examples = re.findall(r"```python\n(.*?)```", model_card(source), re.DOTALL)
+    assert len(examples) == (3 if kind == "native" else 4)
+    *predicting, ours = examples
+    answers = []
+    for example in predicting:
+        exec(example, {})
+        printed = capsys.readouterr().out
+        answers.append((re.search(r"[abcd]\b", printed)[0], float(re.search(r"0\.\d+", printed)[0])))
+    for label, score in answers[1:]:
+        assert label == answers[0][0] and score == pytest.approx(answers[0][1], abs=1e-3)
+    found: dict = {}
+    exec(ours, found)
+    assert found["model"] is not None
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -185,10 +323,10 @@ def test_a_persons_words_are_kept(folder):
     readme = folder / "README.md"
     theirs = readme.read_text().replace(BEGIN, f"# By hand\n\n{BEGIN}").replace(END, f"{END}\n\nBelow by hand.")
     theirs = theirs.replace("license: mit", "license: mit\nlanguage: en")
-    readme.write_text(theirs.replace("82.0", "old"))
+    readme.write_text(theirs.replace("82.0", "OUTDATED"))
     write_card(folder, "user/name")
     text = readme.read_text()
-    assert "# By hand" in text and "Below by hand." in text and "old" not in text
+    assert "# By hand" in text and "Below by hand." in text and "OUTDATED" not in text
     assert metadata_load(readme)["language"] == "en" and metadata_load(readme)["license"] == "mit"
 
 

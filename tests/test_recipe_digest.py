@@ -148,6 +148,7 @@ def test_digest_changes_with_what_changes_the_weights(overrides: tuple[str, ...]
         ("--output_dir", "elsewhere"),
         ("--data.data_dir", "/images"),
         ("--data.cache_dir", "/cache"),
+        ("--data.title", "My birds"),
         ("--hub.repo_id", "me/model"),
         ("--evaluation.batch_size", "7"),
         ("--stage1.logging_steps", "7"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from small_images import SmallImages
 
 from nc_hf import build_release, load_classifier, save_pretrained
 from nc_hf.doors import check_doors
 from nc_hf.hub import load_heads
 from nc_hf.recipe import dump_recipe, load_recipe
-from nc_hf.results import write_results
+from nc_hf.release import public_name
+from nc_hf.results import git_revision, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"class {k}" for k in range(10)]
@@ -94,6 +98,80 @@ def test_a_release_can_be_built_again(tmp_path):
     assert {path: path.read_bytes() for path in build_release(run).rglob("*") if path.is_file()} == first
 
 
+@pytest.mark.parametrize(
+    ("seed", "override", "message"),
+    [
+        (1, ["--data.imbalance_ratio", "10"], "is of another recipe than .*: data differ"),
+        (1, ["--model.name", "resnet20_cifar"], ": model differ"),
+        (1, ["--stage1.within_weight", "0.5"], ": stage1 differ"),
+        (0, [], "has the seed 0 as well"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_are_no_seeds(tmp_path, seed, override, message):
+    run, other = finished_run(tmp_path / "run"), finished_run(tmp_path / "other", seed=seed)
+    (other / "recipe.yaml").write_text(dump_recipe(load_recipe(other / "recipe.yaml", override)))
+    with pytest.raises(ValueError, match=message):
+        build_release(run, seeds=[other])
+    good = finished_run(tmp_path / "good", seed=2)
+    with pytest.raises(ValueError, match="has the seed 2 as well. Give one run of each seed"):
+        build_release(run, seeds=[good, good])
+    assert not (run / "release").exists()
+
+
+def test_a_checkpoint_that_a_run_went_on_from_is_not_told(tmp_path):
+    run = finished_run(tmp_path / "run")
+    branch = ["--stage1.resume_from_checkpoint", str(tmp_path / "other/checkpoints/stage1/checkpoint-7")]
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe(run / "recipe.yaml", branch)))
+    assert str(tmp_path) not in (build_release(run) / "recipe.yaml").read_text()
+
+
+def test_results_of_another_data_set_leave_no_evaluation(tmp_path):
+    run = finished_run(tmp_path / "run")
+    assert list((build_release(run) / ".eval_results").iterdir())
+    results = json.loads((run / "results.json").read_text())
+    write_results(run / "results.json", results | {"dataset": results["dataset"] | {"name": "my photos"}})
+    assert not (build_release(run) / ".eval_results").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/home/me/photos/", "photos"),
+        ("~/runs/model", "model"),
+        ("local-dir:runs/model", "model"),
+        ("out/photos", "photos"),
+        ("user/name", "user/name"),
+        ("hf-hub:user/name", "hf-hub:user/name"),
+        ("resnet50.a1_in1k", "resnet50.a1_in1k"),
+    ],
+)
+def test_of_a_folder_the_last_part_is_told(source, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/photos").mkdir(parents=True)
+    assert public_name(source) == name
+
+
+def test_results_name_no_folder_of_this_machine(tmp_path):
+    """As recipes/train.py starts them, for a model and images in folders."""
+    spec = importlib.util.spec_from_file_location("train_recipe", ROOT / "recipes/train.py")
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    recipe = load_recipe(None, ["--model.name", f"local-dir:{tmp_path}/model", "--data.dataset", f"{tmp_path}/photos"])
+    images = SmallImages()
+    images.description, images.skipped = "", 0
+    started = train.start_results(recipe, {"train": images}, "digest", ["base"])
+    assert (started["model"], started["dataset"]["name"]) == ("model", "photos")
+    assert str(tmp_path) not in json.dumps(started)
+    run = finished_run(tmp_path / "run")
+    results = json.loads((run / "results.json").read_text())
+    named = {"model": started["model"], "dataset": results["dataset"] | {"name": started["dataset"]["name"]}}
+    write_results(run / "results.json", results | named)
+    folder = build_release(run, repo_id="me/model")
+    told = [path for path in folder.rglob("*") if path.suffix in (".json", ".md", ".yaml")]
+    assert told and not [path for path in told if str(tmp_path) in path.read_text()]
+    assert "photos-LT, imbalance ratio 100" in (folder / "README.md").read_text()
+
+
 def test_an_unfinished_run_is_refused(tmp_path):
     run = finished_run(tmp_path / "run")
     results = json.loads((run / "results.json").read_text())
@@ -101,3 +179,16 @@ def test_an_unfinished_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="Let the run finish first"):
         build_release(run)
     assert not (run / "release").exists()
+
+
+def test_the_revision_is_that_of_a_repository_that_keeps_the_file(tmp_path):
+    """A package in `.venv` of somebody's own repository has no revision of its own."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    installed, kept = tmp_path / ".venv" / "results.py", tmp_path / "results.py"
+    installed.parent.mkdir()
+    for path in (installed, kept):
+        path.write_text("")
+    for command in (["init", "-q"], ["add", "results.py"], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert git_revision(kept) == head and git_revision(installed) is None

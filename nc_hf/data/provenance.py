@@ -52,6 +52,17 @@ PROVENANCE = {
   year = {1998}
 }""",
     ),
+    "Caltech-101": Provenance(
+        "Caltech-101",
+        None,
+        "cc-by-4.0",
+        """@misc{li2022caltech,
+  title = {Caltech 101},
+  author = {Li, Fei-Fei and Andreeto, Marco and Ranzato, Marc'Aurelio and Perona, Pietro},
+  publisher = {CaltechDATA},
+  year = {2022}
+}""",
+    ),
     "imagenet_lt": Provenance("ImageNet-LT", None, None, _LONG_TAILED_SETS),
     "places_lt": Provenance("Places-LT", None, None, _LONG_TAILED_SETS),
     "inaturalist2018": Provenance(

@@ -48,11 +48,17 @@ def no_waiting(monkeypatch):
 def test_a_folder_is_pushed_in_one_commit(hub, user, folder):
     (folder / "optimizer.pt").write_bytes(b"pickle")
     (folder / ".hidden.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")  # as a Trainer's own output folder has them
+    for name in ("checkpoint-4/model.safetensors", "hub/config.json", "figures/classes.png", "seeds/seed1.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(b"{}")
     url = push_folder(folder, f"{user}/one")
     assert url.endswith(f"{user}/one")
     files = hub.files(f"{user}/one")
     assert {"config.json", "model.safetensors", "nc_heads.safetensors", "results.json", "README.md"} <= set(files)
-    assert not {"optimizer.pt", ".hidden.json"} & set(files)
+    assert {"figures/classes.png", "seeds/seed1.json"} <= set(files)
+    assert not {"optimizer.pt", ".hidden.json", "trainer_state.json"} & set(files)
+    assert not [name for name in files if name.startswith(("checkpoint-4", "hub"))]
     for name in ("model.safetensors", "nc_heads.safetensors", "config.json"):
         assert files[name] == (folder / name).read_bytes()
     assert f'timm.create_model("hf-hub:{user}/one", pretrained=True)' in files["README.md"].decode()
@@ -81,6 +87,36 @@ def test_what_a_person_wrote_on_the_hub_stays(hub, user, folder):
     readme = files["README.md"].decode()
     assert "By hand." in readme and "language: en" in readme and "99 images, 90 to 1 a class" in readme
     assert files["notes.txt"] == b"mine"
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_readme_that_cannot_be_read_is_not_replaced(hub, user, folder, fresh_cache, status, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between tries of its own
+    name = f"{user}/unread{status}"
+    push_folder(folder, name)
+    HfApi().upload_file(path_or_fileobj=b"All by hand.", path_in_repo="README.md", repo_id=name)
+    asked = f"/{name}/resolve/"
+    before = len(hub.requests(asked))
+    hub.fail(lambda request: request.method == "HEAD" and asked in request.path, status=status, times=1000)
+    with pytest.raises(PushError, match=rf"(?s)README there cannot be read: .*{status}.*Push it later with"):
+        push_folder(folder, name)
+    hub.heal()
+    tries = len(hub.requests(asked)) - before
+    assert tries == 1 if status == 403 else tries > len(publishing.WAITS)
+    assert hub.files(name)["README.md"] == b"All by hand."
+    push_folder(folder, name)
+    assert b"All by hand." in hub.files(name)["README.md"]
+
+
+def test_results_that_are_gone_leave_the_metadata(hub, user, folder):
+    facts = {"dataset": {"class_names": NAMES, "class_counts": [9, 5, 3, 1]}, "seed": 0}
+    write_results(folder / "results.json", facts | {"heads": {"base": {"accuracy": 0.5}}})
+    push_folder(folder, f"{user}/measured")
+    assert b"model-index" in hub.files(f"{user}/measured")["README.md"]
+    write_results(folder / "results.json", facts)
+    push_folder(folder, f"{user}/measured")
+    readme = hub.files(f"{user}/measured")["README.md"]
+    assert b"model-index" not in readme and b"license: apache-2.0" in readme
 
 
 def test_private_branch_and_pull_request(hub, user, folder):
@@ -189,8 +225,8 @@ def test_two_pushes_at_once_both_arrive_or_say_so(hub, user, folder):
 
 def test_a_folder_that_does_not_open_is_not_pushed(hub, user, folder):
     (folder / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(PushError, match="does not open through timm"):
-        push_folder(folder, f"{user}/broken")
+    with pytest.raises(PushError, match="(?s)does not open through timm.*Once that is mended.*revision='trial'"):
+        push_folder(folder, f"{user}/broken", revision="trial")
     assert not HfApi().repo_exists(f"{user}/broken")
 
 
@@ -206,6 +242,23 @@ def test_a_folder_that_does_not_open_is_not_pushed(hub, user, folder):
 def test_access_is_checked_beforehand(hub, name, token, message):
     with pytest.raises(PushError, match=message):
         check_access(name, token=token)
+
+
+def test_access_is_asked_again_after_a_fault_of_the_moment(hub, user):
+    hub.fail(lambda request: request.path == "/api/whoami-v2", status=503, times=2)
+    assert check_access("model") == f"{user}/model"
+
+
+def test_without_a_network_there_is_no_waiting(monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="cannot push to alice/model"):
+        check_access("alice/model")
+    assert "trying again" not in caplog.text
+
+
+def test_a_token_that_was_given_is_in_no_message():
+    error = RuntimeError("Illegal header value: Bearer tok-given")
+    assert publishing.reason_of(error, "tok-given") == "Illegal header value: Bearer <token>"
 
 
 def test_a_bare_name_is_the_users_own(hub, user):

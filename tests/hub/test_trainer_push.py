@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from small_images import SmallImages
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from nc_hf import NCTrainer, NCTrainingArguments, load_classifier, load_pretrained, publishing
+from nc_hf import (
+    NCTrainer,
+    NCTrainingArguments,
+    load_classifier,
+    load_pretrained,
+    publishing,
+    push_folder,
+    save_pretrained,
+)
 from nc_hf.metrics import compute_metrics_for
 from nc_hf.publishing import PushError
 
@@ -68,7 +84,7 @@ def test_a_background_push_that_fails_is_said_and_tried_again_at_the_end(hub, us
     )
     run.train()
     hub.heal()
-    assert "Training goes on, but the push" in caplog.text
+    assert f"in the background, the push to {user}/second failed" in caplog.text
     assert [commit["title"] for commit in hub.commits(f"{user}/second")][0] == "End of training"
 
 
@@ -82,6 +98,89 @@ def test_a_push_that_fails_to_the_end_raises_after_everything_is_saved(hub, user
     assert (tmp_path / "checkpoint-4" / "complete.json").is_file()
     saved, _ = load_pretrained(tmp_path / "hub")
     assert all(torch.equal(t, saved.state_dict()[n]) for n, t in run.classifier.state_dict().items())
+
+
+def test_a_background_push_opens_the_doors_and_leaves_training_alone(hub, user, tmp_path, monkeypatch):
+    threads, check = [], publishing.check_doors
+
+    def watched(folder):
+        threads.append(threading.current_thread())
+        return check(folder)
+
+    monkeypatch.setattr(publishing, "check_doors", watched)
+    weights = []
+    for name in ("pushed", "quiet"):
+        torch.manual_seed(0)
+        model, _ = load_classifier("test_vit", 4, drop_rate=0.5)
+        settings = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "epoch"}
+        run = trainer(tmp_path / name, f"{user}/doors", model, **(settings if name == "pushed" else {}))
+        run.train()
+        weights.append(model.state_dict())
+    assert threads == [threading.main_thread()] * 2
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_folder_that_does_not_open_is_said_at_once_and_at_the_end(hub, user, tmp_path, monkeypatch, caplog):
+    def shut(folder):
+        raise RuntimeError("hub does not open through timm")
+
+    monkeypatch.setattr(publishing, "check_doors", shut)
+    run = trainer(tmp_path, f"{user}/shut", push_to_hub=True, hub_strategy="every_save", save_strategy="epoch")
+    with pytest.raises(PushError, match="(?s)does not open through timm.*Once that is mended"):
+        run.train()
+    assert run.state.global_step == 4 and "in the background" in caplog.text
+    future = run.push_to_hub(blocking=False)
+    assert isinstance(future.exception(), PushError)
+
+
+def test_a_push_that_is_not_waited_for_logs_its_failure(hub, user, tmp_path, caplog):
+    run = trainer(tmp_path, f"{user}/unwaited")
+    hub.fail(lambda request: f"{user}/unwaited/commit/" in request.path, status=403, times=1000)
+    future = run.push_to_hub(blocking=False, private=True)
+    with pytest.raises(PushError, match="Push it later with.*\n.*private=True"):
+        future.result()
+    run._pusher.shutdown()  # the failure is logged after it is known
+    hub.heal()
+    assert "in the background, the push to" in caplog.text
+
+
+def test_a_model_of_transformers_needs_its_image_processor_before_training(hub, user, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=4))
+    with pytest.raises(PushError, match="ViTForImageClassification cannot be pushed without its image processor"):
+        trainer(tmp_path, f"{user}/native", model, push_to_hub=True)
+    with pytest.raises(PushError, match="(?s)is not pushed to.*preprocessor_config.*Once that is mended"):
+        push_folder(save_pretrained(model, tmp_path / "native"), f"{user}/native")
+
+
+def test_the_card_states_the_figures_of_the_weights_that_are_pushed(hub, user, tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.2, 0.1])  # the first epoch is the best one
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    run = trainer(tmp_path, f"{user}/best", **settings, num_train_epochs=3, metric_for_best_model="accuracy")
+    run.compute_metrics = lambda _: {"accuracy": next(accuracies)}
+    run.train()
+    run.push_to_hub()
+    results = json.loads(hub.files(f"{user}/best")["results.json"])
+    assert (results["epoch"], results["heads"]["base"]["accuracy"]) == (1, 0.9)
+    card = hub.files(f"{user}/best")["README.md"].decode()
+    assert "after epoch 1" in card and "last epoch" not in card
+
+
+def test_figures_of_other_weights_are_left_out(hub, user, tmp_path):
+    run = trainer(tmp_path, f"{user}/moved", eval_strategy="steps", eval_steps=3)
+    run.train()
+    run.state.log_history = [log for log in run.state.log_history if log["step"] == 3 or "train_runtime" in log]
+    assert any("eval_accuracy" in log for log in run.state.log_history)
+    run.push_to_hub()
+    assert "heads" not in json.loads(hub.files(f"{user}/moved")["results.json"])
+
+
+def test_class_names_of_a_timm_model_reach_the_card(hub, user, tmp_path):
+    run = trainer(tmp_path, f"{user}/named", load_classifier("test_resnet", 4, ["w", "x", "y", "z"])[0])
+    run.class_names = None
+    run.push_to_hub(tags="mine")
+    assert json.loads(hub.files(f"{user}/named")["results.json"])["dataset"]["class_names"] == ["w", "x", "y", "z"]
+    assert "- mine\n" in hub.files(f"{user}/named")["README.md"].decode()
 
 
 def test_saving_pushes_where_the_arguments_say_so(hub, user, tmp_path):
@@ -116,8 +215,6 @@ def test_checkpoints_are_never_uploaded(hub, user, tmp_path):
 def released(hub, user, tmp_path_factory) -> str:
     """A repository with a network of another number of classes."""
     model, _ = load_classifier("test_resnet", 7)
-    from nc_hf import push_folder, save_pretrained
-
     push_folder(save_pretrained(model, tmp_path_factory.mktemp("released") / "model"), f"{user}/released")
     return f"{user}/released"
 

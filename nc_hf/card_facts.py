@@ -1,0 +1,122 @@
+"""What a model card says in words: the data, the size of the images, the training, and whom to cite."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from nc_hf.card_block import escaped
+from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
+from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
+from nc_hf.models.saved_folder import WEIGHTS
+from nc_hf.recipe_sections import defaults_of
+from nc_hf.training_args import resolve_epoch
+
+# What our builders say of a training set.
+DESCRIPTION = re.compile(
+    r"(?:.* profile, imbalance ratio \S+, seed (?P<seed>\d+)|.*, all images): .* a class; "
+    r"sha256 of (?P<what>\w+) (?P<sha256>[0-9a-f]{64})(?:, (?P<standard>.*standard subset))?"
+)
+HASHED = {"pixels": "pixels", "list": "paths and labels"}
+CIFAR_RESNET = re.compile(r"resnet\d+_cifar")
+CIFAR_RESNET_CITATION = """@inproceedings{he2016deep,
+  title = {Deep Residual Learning for Image Recognition},
+  author = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
+  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
+  year = {2016}
+}"""
+
+
+def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Name, title and sizes of the data set, and how it was drawn; what is not known is absent or None."""
+    facts = dict(results["dataset"])
+    known, counts = PROVENANCE.get(facts.get("name")), facts.get("class_counts")
+    facts["source"] = known.title if known else escaped(facts["name"]) if facts.get("name") else None
+    facts["name"] = facts.get("name") or "own images"
+    facts["title"] = facts["source"] or facts["name"]
+    if facts.get("imbalance_ratio"):
+        facts["title"] += f"-LT, imbalance ratio {facts['imbalance_ratio']:g}"
+    facts |= {"hub_id": known.hub_id if known else None, "license": known.license if known else None}
+    facts |= {"known": known is not None, "classes": len(facts["class_names"])}
+    if found := DESCRIPTION.fullmatch(facts.get("description") or ""):
+        facts |= found.groupdict() | {"hashed": HASHED.get(found["what"], found["what"]), "description": None}
+    heads = list(results.get("heads", {}).values())
+    facts["tested"] = next((metrics.get("images") for metrics in heads), None)
+    # Only on as many images of each class are these the same figure, but for a network that is always right or wrong.
+    facts["balanced_test"] = all(
+        math.isclose(metrics.get("accuracy", 0), metrics.get("class_mean_accuracy", 0), abs_tol=1e-9)
+        and 0 < metrics.get("accuracy", 0) < 1
+        for metrics in heads
+    )
+    if counts is None:
+        return facts
+    facts |= {"images": sum(counts), "largest": max(counts), "smallest": min(counts)}
+    facts["empty"] = [escaped(name) for name, n in zip(facts["class_names"], counts, strict=True) if n == 0]
+    bounds = {"few_below": facts.get("few_below", FEW_BELOW), "many_above": facts.get("many_above", MANY_ABOVE)}
+    groups = frequency_groups(counts, **bounds)
+    facts["groups"] = bounds | {name: int(members.sum()) for name, members in groups.items()}
+    return facts
+
+
+def parameters(folder: Path) -> int:
+    """Number of a saved model's parameters, without the statistics of its normalization layers."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if not name.endswith(("running_mean", "running_var", "batches_tracked"))]
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def input_size(folder: Path) -> tuple[int, int] | None:
+    """Height and width of the images that a saved model takes, where its folder tells them."""
+    size = (json.loads((folder / "config.json").read_text()).get("pretrained_cfg") or {}).get("input_size")
+    if size:
+        return size[1], size[2]
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    size = settings.get("crop_size") or settings.get("size") or {}
+    height, width = (size.get(side) or size.get("shortest_edge") for side in ("height", "width"))
+    return (height, width) if height and width else None
+
+
+def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any]]:
+    """The settings of each stage that was run, its schedule in words, and what results say of its training."""
+    told = []
+    for number, stage in enumerate(("stage1", "stage2"), start=1):
+        given = yaml.safe_load(recipe)[stage] if recipe else None
+        if given is None or stage not in results.get("training", {}):
+            continue
+        settings = defaults_of(stage) | given
+        drw = resolve_epoch(settings["drw_epoch"] or 0, settings["num_train_epochs"])
+        told.append(
+            {"number": number, **settings, **results["training"][stage], "schedule": _schedule(settings), "drw": drw}
+        )
+    return told
+
+
+def _schedule(stage: Mapping[str, Any]) -> str:
+    """How the learning rate changes, such as `times 0.1 after 160 and 180 epochs, warm-up over 5 epochs`."""
+    epochs = stage["num_train_epochs"]
+    if stage["lr_milestones"]:
+        milestones = " and ".join(f"{resolve_epoch(value, epochs):g}" for value in stage["lr_milestones"])
+        schedule = f"times {stage['lr_decay']:g} after {milestones} epochs"
+    else:
+        schedule = "by half a cosine" if stage["lr_cosine"] else f"{stage['lr_scheduler_type']} schedule"
+    warmup = resolve_epoch(stage["warmup_epochs"], epochs)
+    return schedule + (f", warm-up over {warmup:g} epochs" if warmup else "")
+
+
+def citations(config: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """BibTeX of the backbone, the data set and the long-tailed protocol, as far as they are known."""
+    dataset = results["dataset"]
+    known = PROVENANCE.get(dataset.get("name"))
+    return [
+        *([CIFAR_RESNET_CITATION] if CIFAR_RESNET.fullmatch(config.get("architecture") or "") else []),
+        *([known.citation] if known else []),
+        *([LONG_TAIL_CITATION] if dataset.get("imbalance_ratio") else []),
+    ]
