@@ -15,7 +15,7 @@ from nc_hf.card_facts import citations, dataset_facts, input_size, parameters, s
 from nc_hf.card_tables import ACCURACIES, HEADS, accuracy_table, better_head, class_rows, geometry_table
 from nc_hf.doors import doors_of, needs_nc_hf
 
-TEMPLATE = Path(__file__).with_name("model_card.md")
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PICTURES = {  # what a screen reader says, and the caption
     "classes": (
         "Accuracy and training images per class",
