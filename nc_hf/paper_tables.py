@@ -149,6 +149,8 @@ TABLES = {
             "ARB-Loss": Row("arb"),
             "NC-DRW": NC_DRW,
             "NC-DRW-cRT": NC_DRW_CRT,
+            "NC-DRW, mixup 0.2": Row("nc_light_mixup"),
+            "NC-DRW-cRT, mixup 0.2": Row("nc_light_mixup", "crt"),
             "NC-DRW, learned centers": Row("nc_learned"),
             "NC-DRW-cRT, learned centers": Row("nc_learned", "crt"),
         },

@@ -90,6 +90,15 @@ def project_rows(weight: Tensor, radius: float) -> None:
     weight.copy_((rows * shrink).view_as(weight))
 
 
+@torch.no_grad()
+def scale_to_norm(layer: nn.Module, norm: Tensor) -> None:
+    """Multiply weight and bias of a linear layer by the factor that gives the weight this Frobenius norm."""
+    factor = norm / layer.weight.norm().clamp(min=1e-12)
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            parameter.mul_(factor)
+
+
 def retrain_classifier(
     model: nn.Module,
     train_dataset: Dataset,
@@ -132,6 +141,8 @@ def retrain_classifier(
     for name in [name for name in args.heads if name in TRAINED_HEADS]:
         layer.load_state_dict(base)
         trainer = _train_head(model, layer, name, args, resume_from_checkpoint, kwargs)
+        if args.match_base_norm:
+            scale_to_norm(layer, base["weight"].norm())
         heads[name] = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
     layer.load_state_dict(base)
     if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
@@ -169,11 +180,12 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
         raise ValueError(
             f"stage two cannot replace a {type(layer).__name__} by a linear head. Leave stage two out (stage2: null)."
         )
-    reused = [name for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
-    if reused or ("crt" in args.heads and args.head_init == "keep"):
-        what = f"heads: {reused}" if reused else "head_init: keep"
+    reused = [f"heads: {name}" for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
+    reused += ["head_init: keep"] if "crt" in args.heads and args.head_init == "keep" else []
+    reused += ["match_base_norm"] if args.match_base_norm else []
+    if reused:
         raise ValueError(
-            f"`{what}` goes on from a linear head, and stage one's is a {type(layer).__name__}. "
+            f"`{reused[0]}` goes on from a linear head, and stage one's is a {type(layer).__name__}. "
             "Use crt with head_init: new, ncm or least_squares."
         )
 

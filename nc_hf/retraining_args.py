@@ -54,6 +54,13 @@ class RetrainingArguments(NCTrainingArguments):
         default=None,
         metadata={"help": "Keep the norms of the head's rows below min + threshold * range (MaxNorm; 0.1)."},
     )
+    match_base_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale a trained head to the norm of stage one's: the same predictions, with probabilities that a "
+            "strong weight decay has not flattened."
+        },
+    )
     tau: float | None = field(
         default=None,
         metadata={"help": "Of tau_norm and logit_adjusted; None: chosen on the validation split, 1 without one."},
@@ -94,6 +101,8 @@ class RetrainingArguments(NCTrainingArguments):
             )
         if self.objective != "classification":
             raise ValueError(f"stage two trains the head by classification, got `objective: {self.objective}`.")
+        if self.max_norm_threshold is not None and self.match_base_norm:
+            raise ValueError("`match_base_norm` would undo `max_norm_threshold`: leave one of them out.")
         if self.max_norm_threshold is not None and self.head_init == "new":
             raise ValueError(
                 "`max_norm_threshold` is relative to the norms that the head starts with, which are near 0 for a new "

@@ -84,8 +84,9 @@ def test_both_stages_train(tmp_path, kind, loss, terms):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"heads": ["crt", "lws"]}, r"`heads: \['lws'\]` goes on from a linear head, and stage one's is a CosineHead"),
+        ({"heads": ["crt", "lws"]}, "`heads: lws` goes on from a linear head, and stage one's is a CosineHead"),
         ({"head_init": "keep"}, "`head_init: keep` goes on from a linear head"),
+        ({"match_base_norm": True}, "`match_base_norm` goes on from a linear head"),
     ],
 )
 def test_heads_that_go_on_from_a_linear_one_are_refused(tmp_path, settings, message):

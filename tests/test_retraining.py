@@ -136,6 +136,20 @@ def test_with_a_share_of_the_learning_rate_lws_moves_the_weights_too(trained, im
     assert sorted(initial) == [0.05, 0.05, 0.1]
 
 
+def test_a_head_of_the_old_norm_predicts_as_before(trained, images, tmp_path):
+    """A strong weight decay shortens the head; with the norm of stage one's it has the same logits times a factor."""
+    heads = []
+    for match in (False, True):
+        model = copy.deepcopy(trained)
+        args = arguments(tmp_path / str(match), weight_decay=0.2, match_base_norm=match)
+        heads.append(retrain_classifier(model, images, args).heads["crt"])
+    short, full = heads
+    factor = trained.fc.weight.norm() / short["weight"].norm()
+    assert factor > 1.5
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(full[name], factor * short[name])
+
+
 def test_max_norm_equals_the_authors(golden):
     for case in golden("maxnorm_pgd"):
         before, after = (
