@@ -249,12 +249,12 @@ def _legend(ax: Axes, lines: Sequence[Any], names: Iterable[str]) -> None:
 
 
 def _log_scale(ax: Axes, numbers: str) -> None:
-    """A logarithmic axis with plain numbers, also where it covers less than a decade."""
+    """A logarithmic axis with plain numbers, also where it covers little more than a decade."""
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(StrMethodFormatter(numbers))
     low, high = ax.get_ylim()
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # all nine would run into each other
-    ax.yaxis.set_minor_formatter(StrMethodFormatter(numbers) if high < 10 * low else NullFormatter())
+    ax.yaxis.set_minor_formatter(StrMethodFormatter(numbers) if high < 20 * low else NullFormatter())
 
 
 def _look(number: int) -> dict[str, str]:

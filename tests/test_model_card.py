@@ -166,7 +166,7 @@ def test_the_recipe_is_shown_with_the_settings_of_each_stage(folder):
     card = model_card(folder, "user/name")
     assert (
         "* Stage 1: 200 epochs of batches of 128 a process, SGD, learning rate 0.1 (times 0.1 after 160 and 180 "
-        "epochs, warm-up over 5 epochs), weight decay 0.0005, mixup (alpha 0.2)"
+        "epochs, warm-up over 5 epochs), weight decay 0.0005, mixup (alpha 1)"
     ) in card
     assert "0.01 L_W + 0.1 L_B" in card and "from epoch 180 on" in card and "2.0 hours" in card
     assert "Stage 2" not in card  # it was not run
@@ -297,7 +297,7 @@ def test_the_examples_run_as_they_stand_and_agree(folder, tmp_path, kind, monkey
     for example in predicting:
         exec(example, {})
         printed = capsys.readouterr().out
-        answers.append((re.search(r"[abcd]\b", printed)[0], float(re.search(r"0\.\d+", printed)[0])))
+        answers.append((re.search(r"[abcd]\b", printed)[0], float(re.search(r"\d\.\d+(e-\d+)?", printed)[0])))
     for label, score in answers[1:]:
         assert label == answers[0][0] and score == pytest.approx(answers[0][1], abs=1e-3)
     found: dict = {}
