@@ -204,6 +204,8 @@ class NCTrainingArguments(TrainingArguments):
             raise ValueError(f"`loss: {self.loss}` has no setting {', '.join(unknown)}. Its settings: {known}.")
         self._check_objective()
         self._check_corrections()
+        self._check_schedule()
+        self._check_centers()
         if self.push_to_hub and HubStrategy(self.hub_strategy) in (
             HubStrategy.CHECKPOINT,
             HubStrategy.ALL_CHECKPOINTS,
@@ -212,14 +214,11 @@ class NCTrainingArguments(TrainingArguments):
                 f"`hub_strategy: {self.hub_strategy}` would upload checkpoints, which need pickle to load. "
                 "Use every_save or end; checkpoints stay in the output folder."
             )
+
+    def _check_schedule(self) -> None:
         if self.drw_epoch is not None and not self.drw_epoch >= 0:
             raise ValueError(
                 f"`drw_epoch` must be at least 0, got {self.drw_epoch}. Leave it out to weigh from the start."
-            )
-        if self.within_reduction == "images" and self.within_counts == "train":
-            raise ValueError(
-                "`within_reduction: images` is a mean over the images of an update, which `within_counts: train` "
-                "would divide by those of the training set. Leave within_counts at batch."
             )
         if self.drw_epoch is not None and self.class_weighting == "none":
             raise ValueError(
@@ -232,6 +231,13 @@ class NCTrainingArguments(TrainingArguments):
             raise ValueError(
                 "`warmup_epochs` goes with `lr_milestones` or `lr_cosine`. "
                 "For the schedules of `lr_scheduler_type` use `warmup_steps`."
+            )
+
+    def _check_centers(self) -> None:
+        if self.within_reduction == "images" and self.within_counts == "train":
+            raise ValueError(
+                "`within_reduction: images` is a mean over the images of an update, which `within_counts: train` "
+                "would divide by those of the training set. Leave within_counts at batch."
             )
         if self.centers == "learned" and self.collapse_enabled:
             if self.within_weight == 0:

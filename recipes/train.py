@@ -34,13 +34,9 @@ def main(arguments: list[str]) -> None:
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
     from nc_hf.branching import check_branch
-    from nc_hf.checkpoints import check_disk_space
     from nc_hf.image_sets import read_splits
-    from nc_hf.models.classifier import find_head
     from nc_hf.publishing import PushError, check_access
-    from nc_hf.results import read_results, results_table, write_results
-    from nc_hf.retraining import check_heads
-    from nc_hf.retraining_args import check_stages
+    from nc_hf.results import read_results, results_table
 
     if recipe.hub.repo_id and state.is_main_process:
         try:
@@ -52,8 +48,8 @@ def main(arguments: list[str]) -> None:
     stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
     for stage, args in stages.items():
         getattr(recipe, stage)["precision"] = args.precision  # what `auto` means on this machine
-    branch = (recipe.stage1 or {}).get("resume_from_checkpoint")
-    branch_epoch = check_branch(recipe, branch) if branch else None
+    if branch := (recipe.stage1 or {}).get("resume_from_checkpoint"):
+        check_branch(recipe, branch)
     splits = read_splits(recipe)
     digest, results = recipe_digest(recipe, splits["train"].info.description), read_results(run / "results.json")
     known = results.get("recipe_digest") or started_digest(run, splits["train"].info.description)
@@ -67,24 +63,7 @@ def main(arguments: list[str]) -> None:
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
     heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
     if any(name not in results.get("heads", {}) for names in heads.values() for name in names):
-        model, processor, images = load_model_and_images(recipe, splits)
-        if "stage2" in stages:
-            check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
-            if "stage1" in stages:
-                check_stages(*stages.values(), has_validation="validation" in splits)
-        if state.is_main_process:
-            check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
-        results = results or start_results(recipe, images, digest, sum(heads.values(), []))
-        for stage, args in stages.items():
-            if all(name in results["heads"] for name in heads[stage]):
-                continue
-            trainer, results["training"][stage] = train_stage(stage, args, recipe, run, images, model, processor)
-            if stage == "stage1" and branch:
-                results["training"][stage]["branched_at_epoch"] = branch_epoch
-            report_stage(stage, trainer, recipe, run, images, results)
-            if state.is_main_process:
-                write_results(run / "results.json", results)
-            state.wait_for_everyone()
+        results = run_stages(recipe, run, stages, splits, results or {"recipe_digest": digest}, state)
     failed = None
     if state.is_main_process:
         print(f"\n{run / 'results.json'}\n{results_table(results)}")
@@ -92,6 +71,37 @@ def main(arguments: list[str]) -> None:
     state.destroy_process_group()
     if failed:
         raise SystemExit(failed)
+
+
+def run_stages(
+    recipe: Any, run: Path, stages: dict[str, Any], splits: Any, results: dict[str, Any], state: Any
+) -> dict[str, Any]:
+    """Train and measure the stages that have no results yet; what can be refused is refused before."""
+    from nc_hf.checkpoints import check_disk_space
+    from nc_hf.models.classifier import find_head
+    from nc_hf.results import write_results
+    from nc_hf.retraining import check_heads
+    from nc_hf.retraining_args import check_stages
+
+    model, processor, images = load_model_and_images(recipe, splits)
+    if "stage2" in stages:
+        check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
+        if "stage1" in stages:
+            check_stages(*stages.values(), has_validation="validation" in splits)
+    if state.is_main_process:
+        check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
+    heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
+    if "heads" not in results:
+        results = start_results(recipe, images, results["recipe_digest"], sum(heads.values(), []))
+    for stage, args in stages.items():
+        if all(name in results["heads"] for name in heads[stage]):
+            continue
+        trainer, results["training"][stage] = train_stage(stage, args, recipe, run, images, model, processor)
+        report_stage(stage, trainer, recipe, run, images, results)
+        if state.is_main_process:
+            write_results(run / "results.json", results)
+        state.wait_for_everyone()
+    return results
 
 
 def started_digest(run: Path, data_checksum: str) -> str | None:
@@ -201,6 +211,7 @@ def train_stage(
     stage: str, args: Any, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any
 ) -> tuple[Any, dict[str, float]]:
     """Train one stage, resumed where it was interrupted: its trainer, and what results.json says of the training."""
+    from nc_hf.branching import check_branch
     from nc_hf.checkpoints import newest_complete
     from nc_hf.collapse_callback import CollapseCallback
     from nc_hf.models.classifier import load_classifier
@@ -227,6 +238,8 @@ def train_stage(
         trainer = retrain_classifier(model, images["train"], args, resume_from_checkpoint=True, **shared)
     # Of a run that was cut off, the time of the last call alone would say nothing.
     wall = {} if resumed else {"seconds": time.perf_counter() - started}
+    if stage == "stage1" and (branch := args.resume_from_checkpoint):
+        wall["branched_at_epoch"] = check_branch(recipe, branch)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return trainer, wall | log.speed() | {"batch": batch, "processes": args.world_size}
 

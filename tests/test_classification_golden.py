@@ -22,7 +22,7 @@ def double(values) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def check(function, case: dict, name: str, *, slack: float = 1) -> None:
+def assert_golden(function, case: dict, name: str, *, slack: float = 1) -> None:
     """A function of one input has a golden case's loss and gradient; `slack` widens the bounds of float64."""
     for dtype, rtol, grad_rtol, atol in PRECISIONS:
         wider = slack if dtype == torch.float64 else 1
@@ -34,9 +34,9 @@ def check(function, case: dict, name: str, *, slack: float = 1) -> None:
         torch.testing.assert_close(given.grad, gradient, rtol=wider * grad_rtol, atol=wider * atol)
 
 
-def agrees(loss: SupervisedLoss, case: dict, *, slack: float = 1) -> None:
+def assert_agrees(loss: SupervisedLoss, case: dict, *, slack: float = 1) -> None:
     """The mean of a loss over images is that of a golden case."""
-    check(lambda logits: loss(logits, torch.tensor(case["inputs"]["y"])).mean(), case, "logits", slack=slack)
+    assert_golden(lambda logits: loss(logits, torch.tensor(case["inputs"]["y"])).mean(), case, "logits", slack=slack)
 
 
 # ---- The authors' numbers ----
@@ -57,19 +57,21 @@ COUNTED = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_losses_without_counts_are_the_authors(golden, name):
     for case in golden(name):
-        agrees(PLAIN[name](case), case)
+        assert_agrees(PLAIN[name](case), case)
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_losses_with_counts_are_the_authors(golden, name):
     for case in golden(name):
-        agrees(SupervisedLoss(class_counts=case["inputs"]["counts"], **COUNTED[name](case.get("settings", {}))), case)
+        assert_agrees(
+            SupervisedLoss(class_counts=case["inputs"]["counts"], **COUNTED[name](case.get("settings", {}))), case
+        )
 
 
 def test_logit_adjustment_differs_by_1e_12_from_the_paper_authors(golden):
     for case in golden("logit_adjust_train"):
         # they add 1e-12 to pi^tau, which is 4e-5 and more here
-        agrees(
+        assert_agrees(
             SupervisedLoss("logit_adjustment", case["inputs"]["counts"], tau=case["settings"]["tau"]), case, slack=100
         )
 
@@ -78,7 +80,7 @@ def test_lade_is_the_authors(golden):
     for case in golden("lade"):
         options = {"remine_lambda": case["settings"]["remine_lambda"], "weight": case["settings"]["estim_loss_weight"]}
         # they add 1e-8 to the counts of the batch and 1e-9 to the prior
-        agrees(SupervisedLoss("lade", case["inputs"]["counts"], **options), case, slack=10)
+        assert_agrees(SupervisedLoss("lade", case["inputs"]["counts"], **options), case, slack=10)
 
 
 def test_arb_is_the_authors_with_counts_of_the_batch_or_of_the_training_set(golden):
@@ -87,9 +89,9 @@ def test_arb_is_the_authors_with_counts_of_the_batch_or_of_the_training_set(gold
     for case in cases:
         given_counts = double(case["inputs"]["class_counts"])
         if case["settings"]["kind"] == "train_counts":
-            agrees(SupervisedLoss("arb", given_counts.tolist(), counts="train"), case)
+            assert_agrees(SupervisedLoss("arb", given_counts.tolist(), counts="train"), case)
         else:
-            agrees(SupervisedLoss("arb"), case)  # the default, counted from the labels
+            assert_agrees(SupervisedLoss("arb"), case)  # the default, counted from the labels
             logits, labels = double(case["inputs"]["logits"]), torch.tensor(case["inputs"]["y"])
             shared = SupervisedLoss("arb")(
                 logits, labels, given_counts / 2
@@ -109,7 +111,7 @@ def test_ldam_on_cosines_is_the_authors_on_scaled_logits(golden):
         def mean(cosines, weights=weights[labels], loss=loss, scale=scale, labels=labels):
             return (weights * loss(scale * cosines, labels)).sum() / weights.sum()
 
-        check(mean, case, "logits")
+        assert_golden(mean, case, "logits")
 
 
 def test_label_aware_smoothing_is_the_authors(golden):
@@ -120,7 +122,7 @@ def test_label_aware_smoothing_is_the_authors(golden):
         options = {"head": s["smooth_head"], "tail": s["smooth_tail"], "form": s["shape"], "power": s["power"]}
         found = smoothing_by_count(double(case["inputs"]["counts"]), **options)
         torch.testing.assert_close(found, double(case["outputs"]["smooth"]), rtol=1e-9, atol=1e-12)
-        agrees(SupervisedLoss("label_aware_smoothing", case["inputs"]["counts"], **options), case)
+        assert_agrees(SupervisedLoss("label_aware_smoothing", case["inputs"]["counts"], **options), case)
 
 
 def test_dot_regression_is_the_authors(golden):
@@ -135,7 +137,7 @@ def test_dot_regression_is_the_authors(golden):
             norms = features.norm(dim=1) if kind == "raw" or penalty else None
             return dot_regression(features @ directions.to(features), labels, counts, norms, penalty).mean()
 
-        check(mean, case, "feats")
+        assert_golden(mean, case, "feats")
         if kind == "given_Ew":  # what the task runs: lengths from the counts of the update
             features = double(case["inputs"]["feats"])
             by_task = SupervisedLoss("dot_regression")(features @ directions, labels).mean()
@@ -164,7 +166,7 @@ def test_focal_is_the_authors_without_weights_and_weighs_the_loss_otherwise(gold
         gamma, weight = case["settings"]["gamma"], case["settings"]["weight"]
         seen[weight is None] += 1
         if weight is None:
-            agrees(SupervisedLoss("focal", gamma=gamma), case)
+            assert_agrees(SupervisedLoss("focal", gamma=gamma), case)
             continue
         logits, labels = double(case["inputs"]["logits"]), torch.tensor(case["inputs"]["y"])
         weighted = double(weight)[labels] * cross_entropy(logits, labels)
@@ -242,7 +244,7 @@ def test_weighted_cross_entropy_is_a_weighted_mean(golden):
         def loss(logits, labels=labels, weights=weights):
             return task_loss(logits, labels, weights=weights)
 
-        check(loss, case, "logits", slack=1000)  # the task keeps its weights in float32
+        assert_golden(loss, case, "logits", slack=1000)  # the task keeps its weights in float32
 
 
 def test_mixup_weighs_the_losses_of_both_labels(golden):
@@ -255,4 +257,4 @@ def test_mixup_weighs_the_losses_of_both_labels(golden):
         def loss(logits, labels=labels, order=order, share=share):
             return task_loss(logits, labels, partners=labels[order], mixing=share)
 
-        check(loss, case, "logits")
+        assert_golden(loss, case, "logits")
