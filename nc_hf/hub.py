@@ -147,7 +147,7 @@ def load_heads(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[s
 def load_pretrained(
     folder: str | Path, head: str | None = None, *, revision: str | None = None
 ) -> tuple[nn.Module, Any]:
-    """A classifier saved by nc_hf, with the head of your choice, and its image processor.
+    """A classifier saved by nc_hf in evaluation mode, with the head of your choice, and its image processor.
 
     Args:
         folder: a local folder or a Hub id.
@@ -164,4 +164,4 @@ def load_pretrained(
         if head not in heads:
             raise ValueError(f"{folder.name} has no head {head!r}; it has {', '.join(sorted(heads)) or 'none'}.")
         find_head(model)[1].load_state_dict(heads[head])
-    return model, processor
+    return model.eval(), processor
