@@ -27,6 +27,7 @@ _HOMES = {
     "build_release": "release",
     "between_class_loss": "losses.collapse",
     "class_counts": "data.long_tail",
+    "compute_metrics_for": "metrics",
     "image_settings": "models.classifier",
     "load_classifier": "models.classifier",
     "load_images": "data.images",

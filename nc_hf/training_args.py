@@ -60,7 +60,7 @@ class NCTrainingArguments(TrainingArguments):
     start_epoch: float = field(default=0.0, metadata={"help": "Epoch from which the two terms are part of the loss."})
     centers: CenterMode = field(
         default="ema",
-        metadata={"help": "Class centers: ema (running means), learned (the paper's results), batch."},
+        metadata={"help": "Class centers: ema (running means), learned (as the authors' code), batch."},
     )
     centers_learning_rate: float = field(
         default=0.5, metadata={"help": "Constant learning rate of learned centers, the authors' value."}

@@ -1,6 +1,6 @@
 """What the defaults of `NCTrainer` do to a stock network: plain `Trainer` beside it, the same data, steps and seeds.
 
-    python recipes/fine_tuning.py --data_dir <folder with the photographs> --models resnet10t.c3_in1k convnext_atto
+    python recipes/fine_tuning.py --data_dir <folder with train/ and test/> --models resnet10t convnext_atto
 
 Both trainers see the same images and the same optimizer. Written are, for each network, trainer and seed, the
 accuracies on the test split and, for `NCTrainer`, the size of each term of the loss in the last epoch. Without

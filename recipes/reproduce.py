@@ -69,7 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help="printed names; these are run where they are missing")
     parser.add_argument("--seeds", type=int, help="run seeds 0 to N-1, or 0 alone; all that are there are shown")
     parser.add_argument("--epochs", type=float, help="of stage one instead of the recipe's; kept apart from others")
-    parser.add_argument("--data_dir", help="folder of the images; downloaded when not given")
+    parser.add_argument("--data_dir", help="folder of the images; without it CIFAR comes from the Hub")
     parser.add_argument("--cache_dir", help="of `datasets`")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="run all that is missing, or nothing")
     parser.add_argument("--output", type=Path, default=Path("out/reproduce"), help="for runs, tables and figures")

@@ -6,7 +6,7 @@
 Where the paper's text and the code that gave its results differ, the defaults here follow the code:
 
 * n_k of L_W counts the images of class k in the batch, and the sum over classes is a mean over all K.
-* In the paper's recipes the centers are parameters with a learning rate of their own (`centers="learned"`).
+* Centers can be parameters with a learning rate of their own (`centers="learned"`); the default are running means.
 
 Two things are better here than in that code. The angle is 2 atan2(||a - b||, ||a + b||), which has no clamp, so
 nearly coinciding centers are still pushed apart. And L_B needs O(K P) memory, never the K x K matrix of cosines.
