@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-UNREACHABLE = -1e30  # the bias of a class that must never be predicted; infinity would not be saved
+UNREACHABLE = -6e4  # the bias of a class that must never be predicted; float16 holds nothing below -65504
 
 Batches = Iterable[tuple[Tensor, ...]]
 

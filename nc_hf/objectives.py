@@ -18,6 +18,7 @@ from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.losses.experts import ExpertsCollapseLoss
 from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.classifier import feature_dim, find_head
+from nc_hf.models.classifier import freeze_backbone as freeze
 from nc_hf.models.experts import Experts
 from nc_hf.models.normalized_heads import check_head_for
 from nc_hf.rebalancing import class_weights
@@ -52,7 +53,7 @@ def build_task(
     if class_counts is not None and len(class_counts) != num_classes:
         raise ValueError(
             f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes."
-            f" Load the model with num_labels={len(class_counts)}."
+            f" Load the model with num_labels={len(class_counts)}, or give NCTrainer the class_counts of all outputs."
         )
     if class_counts is None and (args.class_weighting != "none" or args.within_counts == "train"):
         raise ValueError(
@@ -60,7 +61,9 @@ def build_task(
             "training set does not tell. Pass class_counts=[...] to NCTrainer."
         )
     objective = "classification" if freeze_backbone else args.objective
-    if not freeze_backbone:
+    if freeze_backbone:
+        freeze(model, head_name)
+    else:
         _check_network(model, objective)
     settings: dict[str, Any] = {"mixup_rule": args.mixup_rule}
     if args.collapse_enabled and not freeze_backbone:

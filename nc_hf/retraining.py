@@ -14,7 +14,7 @@ from transformers import set_seed
 
 from nc_hf.cached_features import train_on_cached_features
 from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, nearest_class_mean, tau_normalized
-from nc_hf.models.classifier import find_head, freeze_backbone, reset_head
+from nc_hf.models.classifier import find_head, reset_head
 from nc_hf.models.headed import replace_head
 from nc_hf.models.normalized_heads import CosineHead, ETFHead
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
@@ -211,7 +211,7 @@ def _train_head(
     if len(args.heads) > 1:
         args = copy.copy(args)
         args.output_dir = str(Path(args.output_dir) / name)
-    freeze_backbone(model, kwargs["head"])
+    layer.requires_grad_(True)
     if name == "crt" and args.head_init == "new":
         set_seed(args.seed)
         reset_head(model, kwargs["head"])

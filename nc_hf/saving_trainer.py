@@ -48,6 +48,8 @@ class SavingTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir) or self.args.resume_from_checkpoint
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
+        if kwargs.get("trial") is not None:  # `Trainer` makes the model before it sets the arguments of the trial
+            self._hp_search_setup(kwargs["trial"])
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         for buffer in self.task.buffers():  # the batch statistics of the last step are each process's own
             broadcast(buffer)

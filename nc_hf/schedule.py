@@ -47,7 +47,7 @@ def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_
     parts = [
         f"global batch {batch} = {args.per_device_train_batch_size} x {args.world_size} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated",
-        f"{num_epochs:g} epochs of {updates_per_epoch} updates",
+        f"{args.max_steps} updates" if args.max_steps > 0 else f"{num_epochs:g} epochs of {updates_per_epoch} updates",
         f"precision {args.precision}{', channels last' if args.channels_last else ''}",
     ]
     if args.collapse_enabled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,7 @@ class ClassificationTask(nn.Module):
         mixing: float | Tensor = 1.0,
         update_counts: Tensor | None = None,
         update_batches: int = 1,
+        **ignored: Any,
     ) -> dict[str, Tensor]:
         """Loss, logits and, in training, the terms of the loss.
 
@@ -153,6 +154,7 @@ class ClassificationTask(nn.Module):
             update_counts: (K,) images of each class in the whole update divided by the number of processes; those of
                 this batch when None.
             update_batches: number of batches accumulated in the update.
+            **ignored: other columns of the data set.
         """
         if labels is None or not self.training:
             _, logits = self.features_and_logits(pixel_values)

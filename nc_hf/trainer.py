@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, default_data_collator
 
-from nc_hf.labels import counts_of, labels_of
+from nc_hf.labels import counts_of, labels_of, names_of
 from nc_hf.metrics.geometry import class_means
 from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
 from nc_hf.objectives import build_task
+from nc_hf.preflight import check_trainer
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
@@ -35,20 +36,22 @@ class NCTrainer(SavingTrainer):
     """A drop-in for `Trainer` on image classification, for any classifier of timm or transformers.
 
     The classifier is trained inside a `ClassificationTask`; `classifier` gives it back, and `save_model` writes a
-    folder that timm and transformers open. Batches are dicts with `pixel_values` (B, 3, H, W) and `labels` (B,).
+    folder that timm and transformers open. Batches are dicts with `pixel_values` (B, 3, H, W) and `labels` (B,); other
+    columns are not looked at.
 
     Args:
         model: the classifier; its last layer must be one linear layer.
         args: `NCTrainingArguments`.
         class_counts: (K,) training images per class; read from the training set where it knows them.
         class_names: K names for saved models; read from the training set or the model's config where they know them.
+        label_column: of a `datasets.Dataset` that has several columns of labels, or one of an unusual name.
         head: module path of the last layer, for a model whose head is not found.
         freeze_backbone: train the head alone, the backbone in eval mode.
         **kwargs: all other arguments of `Trainer`, except `compute_loss_func`.
 
     Raises:
-        ValueError: for a model without a single linear head, a head of another size than the data's classes, several
-            GPUs in one process, or settings that need class counts which nothing gives.
+        ValueError: for a model without a single linear head, a head of another size than the data's classes, settings
+            that need class counts which nothing gives, and as `check_trainer`.
     """
 
     loss_is_scaled_for_ga = True  # the task divides by counts of the whole update
@@ -60,32 +63,26 @@ class NCTrainer(SavingTrainer):
         *,
         class_counts: Sequence[int] | None = None,
         class_names: Sequence[str] | None = None,
+        label_column: str | None = None,
         head: str | None = None,
         freeze_backbone: bool = False,
         **kwargs: Any,
     ) -> None:
         args = NCTrainingArguments() if args is None else args
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
-        if args.n_gpu > 1:
-            raise ValueError(f"{args.n_gpu} GPUs in one process are not supported: start with `accelerate launch`.")
-        if args.expected_processes not in (None, args.world_size):
-            raise ValueError(
-                f"`expected_processes` is {args.expected_processes} but {args.world_size} started. Launch as many, "
-                "with `accelerate launch`, or leave the setting out."
-            )
-        train_dataset = kwargs.get("train_dataset")
+        check_trainer(args, kwargs)
+        train_dataset, self.label_column = kwargs.get("train_dataset"), label_column
         if class_counts is None:
-            class_counts = counts_of(train_dataset)
+            class_counts = counts_of(train_dataset, label_column)
         self.class_counts = None if class_counts is None else np.asarray(class_counts, dtype=np.int64)
-        self.class_names = class_names if class_names is not None else getattr(train_dataset, "class_names", None)
+        self.class_names = class_names if class_names is not None else names_of(train_dataset, label_column)
         wrap = partial(
             build_task, args=args, class_counts=self.class_counts, head=head, freeze_backbone=freeze_backbone
         )
         if model_init := kwargs.pop("model_init", None):
-            kwargs["model_init"] = lambda *trial: wrap(model_init(*trial))
-        if hasattr(train_dataset, "collate"):
-            kwargs.setdefault("data_collator", train_dataset.collate)
+            # `Trainer` looks at its signature to tell whether it takes the trial.
+            kwargs["model_init"] = wraps(model_init)(lambda *trial: wrap(model_init(*trial)))
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = collate
         if hasattr(kwargs.get("processing_class"), "data_config"):
             kwargs["processing_class"] = None  # a timm model's own config keeps these settings
         self.user_callbacks = kwargs.get("callbacks")
@@ -207,12 +204,13 @@ class NCTrainer(SavingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = train_dataset or self.train_dataset
-        labels = labels_of(dataset)
+        labels = labels_of(dataset, self.label_column)
         if labels is None:
             if self.args.sampler != "instance":
                 raise ValueError(
                     f"`sampler: {self.args.sampler}` needs the labels of {type(dataset).__name__}. Give it an "
-                    "attribute `labels` with one integer per image, or use a `datasets.Dataset`."
+                    "attribute `labels` with one integer per image, or name the column of a `datasets.Dataset` by "
+                    "NCTrainer's label_column."
                 )
             return super()._get_train_sampler(dataset)
         with_draws = getattr(dataset, "accepts_draws", False)
@@ -230,19 +228,29 @@ class NCTrainer(SavingTrainer):
 
         Workers persist for the evaluation set alone: `Trainer` would take its loader for that of any other data set.
         """
-        args = self.args
-        drop_last, persistent = args.dataloader_drop_last, args.dataloader_persistent_workers
         own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
-        args.dataloader_drop_last, args.dataloader_persistent_workers = False, persistent and own
+        return self._whole(super().get_eval_dataloader, eval_dataset, persistent=own)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`: a prediction for every image."""
+        return self._whole(super().get_test_dataloader, test_dataset, persistent=False)
+
+    def _whole(self, make: Callable[[Any], DataLoader], dataset: Any, persistent: bool) -> DataLoader:
+        """A data loader that drops nothing, with persistent workers only where that is asked for."""
+        args = self.args
+        before = args.dataloader_drop_last, args.dataloader_persistent_workers
+        args.dataloader_drop_last, args.dataloader_persistent_workers = False, before[1] and persistent
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            return make(dataset)
         finally:
-            args.dataloader_drop_last, args.dataloader_persistent_workers = drop_last, persistent
+            args.dataloader_drop_last, args.dataloader_persistent_workers = before
 
     def set_initial_training_values(self, args: NCTrainingArguments, dataloader: Any) -> tuple:
         """Also keeps the number of epochs and of updates an epoch, which schedules need."""
         values = super().set_initial_training_values(args, dataloader)
         self.num_epochs, self.updates_per_epoch = values[0], values[1]
+        if args.max_steps > 0:
+            args.warn_about_late_epochs(self.num_epochs)
         logger.info("%s", describe_schedule(args, self.num_epochs, self.updates_per_epoch))
         return values
 
@@ -320,3 +328,8 @@ class NCTrainer(SavingTrainer):
         found = self.iterate_features(dataset, of_collapse=of_collapse)
         width = self.task.collapse.feature_dim if of_collapse else feature_dim(self.task.head)
         return class_means(((features, labels) for features, _, labels in found), self.task.num_classes, width)
+
+
+def collate(batch: Any) -> dict[str, Any]:
+    """Batches of our image sets are ready; the images of other data sets are stacked."""
+    return batch if isinstance(batch, Mapping) else default_data_collator(batch)

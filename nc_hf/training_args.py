@@ -182,7 +182,7 @@ class NCTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no faster copy to prepare for
         if self.max_steps <= 0:
-            self._warn_about_late_epochs()
+            self.warn_about_late_epochs(self.num_train_epochs)
 
     def _check(self) -> None:
         for name in (
@@ -315,15 +315,16 @@ class NCTrainingArguments(TrainingArguments):
         if self.channels_last is None:
             self.channels_last = self.precision != "fp32"
 
-    def _warn_about_late_epochs(self) -> None:
+    def warn_about_late_epochs(self, num_epochs: float) -> None:
+        """Warn of what would start after the last of `num_epochs` epochs."""
         for name in ("start_epoch", "drw_epoch"):
             value = getattr(self, name)
-            if value is not None and resolve_epoch(value, self.num_train_epochs) >= self.num_train_epochs > 0:
+            if value is not None and resolve_epoch(value, num_epochs) >= num_epochs > 0:
                 logger.warning(
                     "`%s` is %s but the run has %s epochs: it is never switched on.",
                     name,
                     value,
-                    self.num_train_epochs,
+                    num_epochs,
                 )
 
     @property

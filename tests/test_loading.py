@@ -7,6 +7,8 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import sweep_feature_tap
 import timm
@@ -16,6 +18,9 @@ from torch import nn
 from transformers import (
     CLIPImageProcessor,
     ConvNextImageProcessor,
+    DeiTImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTConfig,
@@ -23,6 +28,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from nc_hf.data.augment import ImageTransform
 from nc_hf.models.classifier import (
     find_head,
     image_settings,
@@ -78,6 +84,7 @@ def test_image_settings():
         "std": (0.2023, 0.1994, 0.2010),
         "interpolation": "bilinear",
         "crop_pct": 1.0,
+        "crop_mode": "center",
     }
     vit = tiny_vit()
     assert image_settings(vit, ViTImageProcessor(size={"height": 48, "width": 32})) == {
@@ -86,6 +93,7 @@ def test_image_settings():
         "std": (0.5, 0.5, 0.5),
         "interpolation": "bilinear",
         "crop_pct": 1.0,
+        "crop_mode": "squash",
     }
     convnext = ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875)
     assert image_settings(vit, convnext)["size"] == (224, 224) and image_settings(vit, convnext)["crop_pct"] == 0.875
@@ -94,6 +102,35 @@ def test_image_settings():
     assert image_settings(vit, clip)["size"] == (224, 224) and image_settings(vit, clip)["crop_pct"] == 0.875
     with pytest.raises(ValueError, match="its image processor is NoneType"):
         image_settings(vit)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessor(size={"height": 64, "width": 64}),
+        DeiTImageProcessor(size={"height": 73, "width": 73}, crop_size={"height": 64, "width": 64}),
+        CLIPImageProcessor(size={"shortest_edge": 73}, crop_size={"height": 64, "width": 64}),
+        ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        ConvNextImageProcessor(size={"shortest_edge": 384}),
+        EfficientNetImageProcessor(size={"height": 64, "width": 64}),
+        ViTImageProcessor(size={"height": 64, "width": 64}, do_normalize=False),
+    ],
+    ids=["ViT", "DeiT", "CLIP", "ConvNeXT below 384", "ConvNeXT from 384", "EfficientNet", "not normalized"],
+)
+def test_images_are_those_of_the_image_processor(processor):
+    across, down = np.meshgrid(np.linspace(0, 255, 180), np.linspace(0, 255, 120))
+    image = PIL.Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype(np.uint8))
+    transform = ImageTransform(**image_settings(tiny_vit(), processor))
+    ours = transform.normalize(transform.to_size(image)[None])
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    assert ours.shape == theirs.shape
+    spread = theirs.max() - theirs.min()
+    assert (ours - theirs).abs().max() < 0.03 * spread
+
+
+def test_an_image_processor_that_swaps_channels_is_refused():
+    with pytest.raises(ValueError, match="MobileViTImageProcessor has `do_flip_channel_order` on"):
+        image_settings(tiny_vit(), MobileViTImageProcessor())
 
 
 @pytest.mark.parametrize(

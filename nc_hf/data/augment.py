@@ -28,8 +28,8 @@ RAND_AUGMENT = "rand-n2-m10-mstd0.5"
 class ImageTransform:
     """From a decoded image to the model's input.
 
-    Evaluation resizes the shorter side to size / crop_pct and crops the center. Training does the same and then, by
-    `augmentation`:
+    Evaluation resizes the shorter side (with `crop_mode="squash"` both sides) to size / crop_pct and crops the center.
+    Training does the same and then, by `augmentation`:
 
     * `"none"`: nothing; `"crop"`: a random crop after padding by an eighth (4 pixels of 32) with black; `"crop_flip"`:
       that and a horizontal flip, the augmentation of CIFAR;
@@ -47,6 +47,7 @@ class ImageTransform:
         std: of the three channels, for values in [0, 1].
         interpolation: `"bilinear"`, `"bicubic"`, `"nearest"` or `"lanczos"`.
         crop_pct: share of the resized image that the center crop keeps.
+        crop_mode: `"center"`, `"squash"` or `"border"`, as timm's networks name them.
         augmentation: of training images.
 
     Raises:
@@ -58,6 +59,7 @@ class ImageTransform:
     std: tuple[float, float, float]
     interpolation: str = "bilinear"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
     augmentation: Augmentation = "none"
 
     def __post_init__(self) -> None:
@@ -113,7 +115,11 @@ class ImageTransform:
     def _evaluation(self) -> Callable[[PIL.Image.Image], np.ndarray]:
         """To (3, H, W) uint8."""
         return transforms_imagenet_eval(
-            self.size, crop_pct=self.crop_pct, interpolation=self.interpolation, use_prefetcher=True
+            self.size,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
+            use_prefetcher=True,
         )
 
     @cached_property

@@ -29,10 +29,15 @@ def find_label_column(dataset: Dataset, column: str | None = None) -> str:
     Raises:
         ValueError: when there is no such column, or more than one.
     """
+    return _choose(dataset, "label", column, label_candidates(dataset))
+
+
+def label_candidates(dataset: Dataset) -> list[str]:
+    """Columns that may hold the labels: the only `ClassLabel`, else those of a usual name, else every `ClassLabel`."""
     candidates = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
     if len(candidates) != 1:
         candidates = [name for name in candidates or dataset.column_names if name in USUAL_LABELS] or candidates
-    return _choose(dataset, "label", column, candidates)
+    return candidates
 
 
 def _choose(dataset: Dataset, kind: str, column: str | None, candidates: list[str]) -> str:
