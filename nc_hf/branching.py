@@ -37,7 +37,7 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> float:
         FileNotFoundError: when the checkpoint, or the recipe of its run, is not there.
         ValueError: when the two recipes differ before the checkpoint.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = Path(checkpoint).resolve()
     state, other_path = checkpoint / "trainer_state.json", checkpoint.parents[2] / "recipe.yaml"
     for path in (state, other_path):
         if not path.is_file():

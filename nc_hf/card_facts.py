@@ -17,11 +17,12 @@ from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
 from nc_hf.models.saved_folder import WEIGHTS
 from nc_hf.recipe_sections import defaults_of
+from nc_hf.retraining_args import TRAINED_HEADS
 from nc_hf.training_args import resolve_epoch
 
-# What our builders say of a training set.
+# What our builders, and `load_splits` of other data, say of a training set.
 DESCRIPTION = re.compile(
-    r"(?:.* profile, imbalance ratio \S+, seed (?P<seed>\d+)|.*, all images): .* a class; "
+    r"(?:(?:.* profile, imbalance ratio \S+, seed (?P<seed>\d+)|.*, all images): .* a class; )?"
     r"sha256 of (?P<what>\w+) (?P<sha256>[0-9a-f]{64})(?:, (?P<standard>.*standard subset))?"
 )
 HASHED = {"pixels": "pixels", "list": "paths and labels"}
@@ -47,6 +48,9 @@ def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     facts |= {"known": known is not None, "classes": len(facts["class_names"])}
     if found := DESCRIPTION.fullmatch(facts.get("description") or ""):
         facts |= found.groupdict() | {"hashed": HASHED.get(found["what"], found["what"]), "description": None}
+        # The checksum is of all training images, and that of a user's files says nothing to others.
+        if facts.get("validation_fraction") or results.get("skipped_images") or found["what"] == "names":
+            facts |= {"sha256": None, "standard": None}
     heads = list(results.get("heads", {}).values())
     facts["tested"] = next((metrics.get("images") for metrics in heads), None)
     # Only on as many images of each class are these the same figure, but for a network that is always right or wrong.
@@ -92,10 +96,13 @@ def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any
         if given is None or stage not in results.get("training", {}):
             continue
         settings = defaults_of(stage) | given
-        drw = resolve_epoch(settings["drw_epoch"] or 0, settings["num_train_epochs"])
-        told.append(
-            {"number": number, **settings, **results["training"][stage], "schedule": _schedule(settings), "drw": drw}
-        )
+        epochs = settings["num_train_epochs"]
+        facts = {"drw": resolve_epoch(settings["drw_epoch"] or 0, epochs), "schedule": _schedule(settings)}
+        facts["start"] = resolve_epoch(settings["start_epoch"], epochs)
+        heads = settings.get("heads") or []
+        facts["trained"] = [head for head in heads if head in TRAINED_HEADS]
+        facts["computed"] = [head for head in heads if head not in TRAINED_HEADS]
+        told.append({"number": number, **settings, **results["training"][stage], **facts})
     return told
 
 

@@ -49,7 +49,11 @@ def accuracy_table(results: Sequence[Mapping[str, Any]], twin: Mapping[str, Any]
         results: of one run, and of further seeds.
         twin: results of a run without the collapse terms.
     """
-    rows = [] if twin is None else [_row([twin], "base", "the same without the collapse terms")]
+    rows = (
+        []
+        if twin is None
+        else [_row([twin], "base", f"the same without the collapse terms{', one run' * (len(results) > 1)}")]
+    )
     rows += [_row(results, head, f"{HEADS.get(head, head)} (`{head}`)") for head in results[0].get("heads", {})]
     keys = [key for key in COLUMNS if any(row[key] != NONE for row in rows)]
     if all(row["class_mean_accuracy"] in (NONE, row["accuracy"]) for row in rows):

@@ -139,7 +139,7 @@ def load_heads(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[s
         tensors = load_file(path)
     heads: dict[str, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith("heads.")]:
-        head, _, parameter = name.removeprefix("heads.").rpartition(".")
+        head, _, parameter = name.removeprefix("heads.").partition(".")
         heads.setdefault(head, {})[parameter] = tensors.pop(name)
     return heads, tensors
 

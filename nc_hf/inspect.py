@@ -50,13 +50,13 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(__doc__)
     source, *rest = arguments
-    output, rest = take_option(rest, "--output")
+    output, rest = take_value(rest, "--output")
     shorthand = re.compile(r"--data(?==|$)")
     recipe = recipe_for(source, [shorthand.sub("--data.dataset", argument) for argument in rest])
     state = start_processes()
     results, means = inspect_classifier(source, recipe)
     if state.is_main_process:
-        folder = Path(output[0] if output else f"inspect-{_last_part(source)}")
+        folder = Path(output or f"inspect-{_last_part(source)}")
         folder.mkdir(parents=True, exist_ok=True)
         write_results(folder / "results.json", results)
         draw_figures(folder, results, means)
@@ -84,12 +84,14 @@ def recipe_for(source: str, arguments: Sequence[str]) -> Recipe:
 
     given = bool(arguments) and not arguments[0].startswith("--")
     path, overrides = (Path(arguments[0]), arguments[1:]) if given else (None, arguments)
-    revision = (take_option(overrides, "--model.revision")[0] or [None])[0]
+    revision, _ = take_value(overrides, "--model.revision")
     if path is None:
         folder = local_folder(source, revision)
         # A release has its recipe inside, a stage of a run beside it.
         places = (folder / "recipe.yaml", folder.parent / "recipe.yaml")
         path = next((place for place in places if place.is_file()), None)
+        if path is not None and not Path(source.removeprefix("local-dir:")).is_dir():
+            overrides = [*_without_places(path), *overrides]
     if path is None and take_option(overrides, "--data.dataset")[0] is None:
         raise ValueError(
             f"{source} has no recipe.yaml, so its data are not known. Give a recipe after it, or name the data by "
@@ -98,6 +100,17 @@ def recipe_for(source: str, arguments: Sequence[str]) -> Recipe:
     recipe = load_recipe(path, overrides)
     recipe.model.revision = revision  # in a recipe, it is of the model that training started from
     return recipe
+
+
+def _without_places(path: Path) -> list[str]:
+    """Overrides after which a recipe from the Hub names no folder of this machine."""
+    from nc_hf.recipe_file import read_entries
+
+    if "extends" in read_entries(path):
+        raise ValueError(
+            f"{path} is from the Hub and extends another file, which is not read. Give a recipe of yours."
+        )
+    return ["--data.data_dir", "null", "--data.cache_dir", "null"]
 
 
 def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -129,7 +142,7 @@ def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dic
         counts = train.class_counts.tolist()
         dataset = {"name": _last_part(recipe.data.dataset), "description": train.description, **bounds}
         results["dataset"] = dataset | {"class_names": train.class_names, "class_counts": counts}
-        results["split"] = split
+        results["split"] = recipe.data.test_split or split if split == "test" else split
     return results | environment(), {name: split_means for name, (split_means, _) in means.items()}
 
 
@@ -144,7 +157,8 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
     """
     from nc_hf.hub import load_heads, load_pretrained
     from nc_hf.image_sets import image_sets, read_splits
-    from nc_hf.models.classifier import image_settings, local_folder
+    from nc_hf.models.classifier import find_head, image_settings, local_folder
+    from nc_hf.task import ClassificationTask
     from nc_hf.trainer import NCTrainer
     from nc_hf.training_args import NCTrainingArguments
 
@@ -165,7 +179,9 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
                 report_to="none",
                 disable_tqdm=True,
             )
-            yield head or "head", NCTrainer(model, args, train_dataset=images["train"], head=recipe.model.head), images
+            head_name, layer = find_head(model, head=recipe.model.head)
+            task = ClassificationTask(model, head_name, layer.weight.shape[0])  # by whatever the model was trained
+            yield head or "head", NCTrainer(task, args, train_dataset=images["train"]), images
 
 
 def check_classes(model: nn.Module, names: Sequence[str], source: str) -> None:
@@ -199,7 +215,7 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
     Args:
         folder: to write to.
         results: from `inspect_classifier`.
-        means: class means (K, P) by split.
+        means: class means (K, P) by split, zero for a class without images, which no figure then has.
     """
     from nc_hf.figures import angle_figure, class_accuracy_figure, norm_figure, save_figure
 
@@ -207,10 +223,11 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
     counts, bounds = dataset["class_counts"], {name: dataset[name] for name in ("few_below", "many_above")}
     accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
     panels = {f"{name} images": split_means for name, split_means in means.items()}
+    seen = [n if all(split_means[k].any() for split_means in means.values()) else 0 for k, n in enumerate(counts)]
     figures = {
         "classes": class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds),
-        "angles": angle_figure(panels, counts),
-        "norms": norm_figure(panels, counts),
+        "angles": angle_figure(panels, seen),
+        "norms": norm_figure(panels, seen),
     }
     for name, figure in figures.items():
         save_figure(figure, folder / name, svg=True)
@@ -243,6 +260,18 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[list[str] | None
     if start == stop:
         raise SystemExit(f"{option} needs a value.")
     return arguments[start:stop], arguments[: start - 1] + arguments[stop:]
+
+
+def take_value(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """As `take_option`, of an option with one value.
+
+    Raises:
+        SystemExit: for an option without a value, or with several.
+    """
+    values, rest = take_option(arguments, option)
+    if values and len(values) > 1:
+        raise SystemExit(f"{option} takes one value, got {' '.join(values)}. A recipe comes before all options.")
+    return values and values[0], rest
 
 
 def _split_at_equals(argument: str, option: str) -> list[str]:

@@ -100,7 +100,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
     first, head, metadata = results[0], config["nc_hf"]["active_head"], dict(metadata or {})
     dataset, told = dataset_facts(first), stages(first, recipe)
     card = ModelCard.from_template(
-        card_data=_card_data(folder, source, head, first, dataset, metadata),
+        card_data=_card_data(folder, source, head, first, dataset, _tags(dataset, told), metadata),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=escaped(source.split("/")[-1]),
         source=source,
@@ -122,6 +122,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
         split=first.get("split"),
         when=_when(first, told),
         seeds=[run["seed"] for run in results if "seed" in run],
+        of_seed=f" (seed {first['seed']})" if len(results) > 1 else "",
         class_rows=class_rows(first),
         geometry=geometry_table(first),
         pictures={
@@ -160,10 +161,10 @@ def _card_data(
     head: str,
     results: Mapping[str, Any],
     dataset: Mapping[str, Any],
+    tags: Sequence[str],
     metadata: Mapping[str, Any],
 ) -> ModelCardData:
     library = "nc_hf" if needs_nc_hf(folder) else "timm" if "timm" in doors_of(folder) else "transformers"
-    tags = ["image-classification", "long-tailed", "class-imbalance", "neural-collapse", "nc_hf"]
     further = dict(metadata)
     own_tags, own_datasets = further.pop("tags", None) or [], further.pop("datasets", None)
     evaluations = []
@@ -190,6 +191,14 @@ def _card_data(
         eval_results=evaluations or None,
         **further,
     )
+
+
+def _tags(dataset: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of long-tailed data where they were, and of neural collapse unless no stage is known to have had its terms."""
+    uneven = dataset.get("largest") != dataset.get("smallest") or "largest" not in dataset
+    collapse = not stages or any(stage["within_weight"] or stage["between_weight"] for stage in stages)
+    tags = ["long-tailed", "class-imbalance"] * uneven + ["neural-collapse"] * collapse
+    return ["image-classification", *tags, "nc_hf"]
 
 
 def _check_finite(value: Any, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from nc_hf.models.normalized_heads import check_head_for
 from nc_hf.rebalancing import class_weights
 from nc_hf.task import ClassificationTask
 from nc_hf.training_args import NCTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def build_task(
@@ -63,6 +66,8 @@ def build_task(
     objective = "classification" if freeze_backbone else args.objective
     if freeze_backbone:
         freeze(model, head_name)
+        if args.collapse_enabled:
+            logger.warning("the backbone is frozen, so the collapse terms have nothing to move and are left out")
     else:
         _check_network(model, objective)
     settings: dict[str, Any] = {"mixup_rule": args.mixup_rule}

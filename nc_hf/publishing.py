@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # No file that needs pickle, no checkpoint and nothing unforeseen is ever uploaded.
 UPLOADED = (
-    *(*HUB_FILES, "results.json", "twin.json", "recipe.yaml", "[!.]*.md"),
+    *(*HUB_FILES, "results.json", "twin.json", "[!.]*.md"),
     *("figures/*.png", "figures/*.svg", "seeds/*.json"),
     ".eval_results/*.yaml",  # where the Hub looks for results
 )

@@ -104,7 +104,7 @@ def noisy_accuracies(
 
 
 def noise_settings(
-    std: Sequence[str] | None, scale: Sequence[str] | None = None, seed: Sequence[str] | None = None
+    std: Sequence[str] | None, scale: str | None = None, seed: str | None = None
 ) -> dict[str, Any] | None:
     """Arguments of `noisy_accuracies` from words of a command line; None when no standard deviation is given.
 
@@ -118,8 +118,8 @@ def noise_settings(
     try:
         settings = {
             "std": [float(word) for word in std],
-            "scale": (scale or ["normalized"])[0],
-            "seed": int((seed or [0])[0]),
+            "scale": scale or "normalized",
+            "seed": int(seed or 0),
         }
     except ValueError as error:
         raise ValueError(f"--noise-std and --noise-seed take numbers, such as 0 0.1 0.2: {error}.") from None

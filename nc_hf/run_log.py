@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nc_hf.training_args import PAIRED
+
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +54,8 @@ class RunLog(TrainerCallback):
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
         if loader := kwargs.get("train_dataloader"):
-            images = min(images, len(loader.dataset))
+            pairs = getattr(args, "sampler", None) in PAIRED.values()  # an epoch draws two images for each
+            images = min(images, (2 if pairs else 1) * len(loader.dataset))
         self.train_seconds, self.train_images = self.train_seconds + seconds, self.train_images + images
         self.record["images_per_second"] = images / seconds
 

@@ -40,7 +40,7 @@ class NCTrainer(SavingTrainer):
     columns are not looked at.
 
     Args:
-        model: the classifier; its last layer must be one linear layer.
+        model: the classifier; its last layer must be one linear layer. A `ClassificationTask` is taken as it is.
         args: `NCTrainingArguments`.
         class_counts: (K,) training images per class; read from the training set where it knows them.
         class_names: K names for saved models; read from the training set or the model's config where they know them.
@@ -86,7 +86,8 @@ class NCTrainer(SavingTrainer):
         if hasattr(kwargs.get("processing_class"), "data_config"):
             kwargs["processing_class"] = None  # a timm model's own config keeps these settings
         self.user_callbacks = kwargs.get("callbacks")
-        super().__init__(model=None if model is None else wrap(model), args=args, **kwargs)
+        task = model if model is None or isinstance(model, ClassificationTask) else wrap(model)
+        super().__init__(model=task, args=args, **kwargs)
         if any(isinstance(callback, RunLog) for callback in self.callback_handler.callbacks):
             self.remove_callback(PrinterCallback)  # one line an epoch is enough
         self.label_names = ["labels"]

@@ -25,7 +25,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 
 def main(arguments: list[str]) -> None:
     """Evaluate the folder or Hub id named by the first argument."""
-    from nc_hf.inspect import recipe_for, take_option
+    from nc_hf.inspect import recipe_for, take_option, take_value
     from nc_hf.processes import start_processes
     from nc_hf.results import results_table
     from nc_hf.robustness import noise_settings, noise_table
@@ -33,11 +33,11 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("--"):
         raise SystemExit(__doc__)
     source, *arguments = arguments
-    json_path, arguments = take_option(arguments, "--json")
-    options = {}
-    for name in ("std", "scale", "seed"):
-        options[name], arguments = take_option(arguments, f"--noise-{name}")
-    noise = noise_settings(**options)
+    json_path, arguments = take_value(arguments, "--json")
+    std, arguments = take_option(arguments, "--noise-std")
+    scale, arguments = take_value(arguments, "--noise-scale")
+    seed, arguments = take_value(arguments, "--noise-seed")
+    noise = noise_settings(std, scale, seed)
     recipe = recipe_for(source, arguments)
     state = start_processes()
     results = evaluate_heads(source, recipe, noise)
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
         if noise:
             print(f"\n{noise_table(results['noise'])}")
         if json_path:
-            Path(json_path[0]).write_text(json.dumps(results, indent=1) + "\n")
+            Path(json_path).write_text(json.dumps(results, indent=1) + "\n")
 
 
 def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> dict[str, Any]:

@@ -87,8 +87,13 @@ def push_dataset(arguments: list[str]) -> None:
     options, overrides = parser.parse_known_args(arguments)
     options = vars(options)
     recipe = load_recipe(options.pop("recipe"), overrides)
-    repo_id = check_access(options.pop("repo_id"))
     data = recipe.data
+    if data.test_split or data.validation_fraction:
+        raise SystemExit(
+            "`data.test_split` and `data.validation_fraction` choose splits for one's own work, which others would "
+            "take for those of the data set. Leave them out."
+        )
+    repo_id = check_access(options.pop("repo_id"))
     options |= {"config_name": config_name_for(data), "dataset": data.dataset}
     if data.imbalance_ratio is not None:
         options["facts"] = {"profile": data.profile, "imbalance_ratio": data.imbalance_ratio, "seed": data.seed}

@@ -48,11 +48,13 @@ def main(arguments: list[str]) -> None:
     stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
     for stage, args in stages.items():
         getattr(recipe, stage)["precision"] = args.precision  # what `auto` means on this machine
-    if branch := (recipe.stage1 or {}).get("resume_from_checkpoint"):
+    results, started = read_results(run / "results.json"), is_started(run)
+    branch = (recipe.stage1 or {}).get("resume_from_checkpoint")
+    if branch and not (results or started):  # later the run goes on from its own, and the other one may be gone
         check_branch(recipe, branch)
     splits = read_splits(recipe)
-    digest, results = recipe_digest(recipe, splits["train"].info.description), read_results(run / "results.json")
-    known = results.get("recipe_digest") or started_digest(run, splits["train"].info.description)
+    digest = recipe_digest(recipe, splits["train"].info.description)
+    known = results.get("recipe_digest") or ((run / "digest").read_text() if started else None)
     if known not in (None, digest):
         raise SystemExit(
             f"{run} holds a run of another recipe (digest {known}, this one is {digest}). "
@@ -61,6 +63,7 @@ def main(arguments: list[str]) -> None:
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
+        (run / "digest").write_text(digest)
     heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
     if any(name not in results.get("heads", {}) for names in heads.values() for name in names):
         results = run_stages(recipe, run, stages, splits, results or {"recipe_digest": digest}, state)
@@ -104,15 +107,12 @@ def run_stages(
     return results
 
 
-def started_digest(run: Path, data_checksum: str) -> str | None:
-    """Of the recipe that the checkpoints in a run's folder were trained by, where there are any."""
+def is_started(run: Path) -> bool:
+    """Whether a run's folder has checkpoints to go on from; `digest` is then of the recipe that made them."""
     from nc_hf.checkpoints import is_complete
-    from nc_hf.recipe import load_recipe, recipe_digest
 
-    path = run / "recipe.yaml"
-    if not path.is_file() or not any(map(is_complete, (run / "checkpoints").glob("**/checkpoint-*"))):
-        return None
-    return recipe_digest(load_recipe(path), data_checksum)
+    found = (run / "checkpoints").glob("**/checkpoint-*")
+    return (run / "digest").is_file() and any(map(is_complete, found))
 
 
 def release(recipe: Any, run: Path) -> str | None:
@@ -211,7 +211,6 @@ def train_stage(
     stage: str, args: Any, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any
 ) -> tuple[Any, dict[str, float]]:
     """Train one stage, resumed where it was interrupted: its trainer, and what results.json says of the training."""
-    from nc_hf.branching import check_branch
     from nc_hf.checkpoints import newest_complete
     from nc_hf.collapse_callback import CollapseCallback
     from nc_hf.models.classifier import load_classifier
@@ -238,10 +237,13 @@ def train_stage(
         trainer = retrain_classifier(model, images["train"], args, resume_from_checkpoint=True, **shared)
     # Of a run that was cut off, the time of the last call alone would say nothing.
     wall = {} if resumed else {"seconds": time.perf_counter() - started}
+    speed = log.speed()
+    if resumed:
+        speed.pop("train_seconds", None)
     if stage == "stage1" and (branch := args.resume_from_checkpoint):
-        wall["branched_at_epoch"] = check_branch(recipe, branch)
+        wall["branched_at_epoch"] = int(branch.rpartition("-")[2]) / trainer.updates_per_epoch
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return trainer, wall | log.speed() | {"batch": batch, "processes": args.world_size}
+    return trainer, wall | speed | {"batch": batch, "processes": args.world_size}
 
 
 def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:
@@ -265,7 +267,7 @@ def report_stage(
 
     train, evaluation = images["train"], recipe.evaluation
     split = "test" if "test" in images else "validation"
-    results["split"] = split
+    results["split"] = recipe.data.test_split or split if split == "test" else split
     heads = {"base": trainer.task.head.state_dict()} if stage == "stage1" else trainer.heads
     means = {name: trainer.class_means(images[name]) for name in ("train", split)}
     for head in reversed(heads):  # the first one stays in the model

@@ -141,6 +141,40 @@ def test_unknown_data_set_says_what_there_is(monkeypatch: pytest.MonkeyPatch) ->
         load_splits("cifra10")
 
 
+def test_files_in_large_columns_are_images() -> None:
+    features = Features({"image": Value("large_binary"), "label": ClassLabel(names=["ant", "bee"])})
+    train = Dataset.from_dict({"image": [png(0), png(1)], "label": [0, 1]}, features=features)
+    splits = load_splits(DatasetDict(train=train, test=train), image_column="image")
+    assert splits["train"].features["image"] == Image() and splits["train"][0]["image"].size == (24, 20)
+
+
+def test_data_of_a_user_are_told_apart(tmp_path: Path) -> None:
+    """By what a run's digest then covers: classes, labels, and the images' names and sizes; not where they lie."""
+
+    def told(labels: list[int], names: list[str] | None = None, folder: str = "here", first: int = 0) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rows = []
+        for i in range(len(labels)):
+            path = tmp_path / folder / f"{first + i}.png"
+            path.write_bytes(png(first + i))
+            rows.append(str(path))
+        feature = ClassLabel(names=names or ["ant", "bee", "cat"])
+        data = Dataset.from_dict(
+            {"image": rows, "label": labels}, features=Features({"image": Value("string"), "label": feature})
+        )
+        return load_splits(data, validation_fraction=0.5, image_column="image")["train"].info.description
+
+    first = told([0, 1, 2, 0])
+    assert first.startswith("sha256 of names ") and told([0, 1, 2, 0], folder="there") == first
+    others = [
+        told([0, 1, 2, 1]),
+        told([0, 1, 2]),
+        told([0, 1, 2, 0], ["ant", "cat", "bee"]),
+        told([0, 1, 2, 0], first=9),
+    ]
+    assert len({first, *others}) == 5
+
+
 # ---- Labels ----
 
 
@@ -184,6 +218,12 @@ def test_unusable_labels_are_refused(labels: list, feature, message: str) -> Non
 def test_integer_labels_become_classes() -> None:
     splits = load_splits(in_memory([0, 2, 1], Value("int32")))
     assert splits["train"].features["label"].names == ["0", "1", "2"]
+
+
+def test_integer_labels_reach_as_far_as_the_largest_of_any_split() -> None:
+    data = DatasetDict(train=labelled([0, 2, 1], Value("int64")), test=labelled([0, 1], Value("int64"), first=1000))
+    for splits in (load_splits(data), load_splits(DatasetDict(train=data["test"], test=data["train"]))):
+        assert {split.features["label"].num_classes for split in splits.values()} == {3}
 
 
 def test_splits_must_share_their_classes() -> None:

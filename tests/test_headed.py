@@ -10,7 +10,7 @@ import torch
 from small_images import SmallImages
 
 from nc_hf.doors import check_doors, needs_nc_hf
-from nc_hf.hub import save_pretrained
+from nc_hf.hub import load_pretrained, save_pretrained
 from nc_hf.models.classifier import find_head, load_classifier
 from nc_hf.models.headed import replace_head
 from nc_hf.models.normalized_heads import CosineHead, ETFHead
@@ -39,6 +39,8 @@ def test_a_saved_network_opens_through_every_door(tmp_path, kind, name):
     assert needs_nc_hf(tmp_path / "saved")
     again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True)
     assert isinstance(find_head(again)[1], HEADS[kind][1])
+    named = find_head(load_pretrained(tmp_path / "saved", head="base")[0])[1].state_dict()
+    assert all(torch.equal(named[key], value) for key, value in find_head(model)[1].state_dict().items())
     assert getattr(find_head(again)[1], next(iter(HEADS[kind][0]))) == next(iter(HEADS[kind][0].values()))
     # and what was opened is saved as it was
     save_pretrained(again, tmp_path / "again")

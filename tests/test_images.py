@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import random
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from nc_hf.data import images as images_module
 from nc_hf.data.augment import ImageTransform, _scramble, cutout, draw_uniform, seeded
-from nc_hf.data.images import ResidentImages, StreamedImages, load_images
+from nc_hf.data.images import ResidentImages, StreamedImages, decode_image, load_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -229,12 +231,22 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         assert error.mean() < (100 if mode == "1" else 30 if mode == "P" else 1)
 
 
-def test_exif_orientation_is_ignored() -> None:
+def test_images_are_turned_as_their_exif_says() -> None:
     image = PIL.Image.fromarray(pixels((16, 16), 1))
     exif = PIL.Image.Exif()
     exif[0x0112] = 3  # upside down
     images = ResidentImages(labelled([encoded(image, exif=exif), encoded(image)]), transform("none", (16, 16)))
-    assert torch.equal(images.pixels[0], images.pixels[1])
+    assert torch.equal(images.pixels[0], images.pixels[1].flip(0, 1))
+
+
+def test_images_in_an_archive_are_read_where_they_are(tmp_path: Path) -> None:
+    image = PIL.Image.fromarray(pixels((5, 7), 1))
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("owl/1.png", encoded(image)["bytes"])
+    path = f"zip://owl/1.png::{tmp_path / 'train.zip'}"  # as `datasets` names it
+    assert np.array_equal(decode_image({"bytes": None, "path": path}, "row 0"), image)
+    with pytest.raises(ValueError, match="the image in row 0 .*owl/2.png.* cannot be read"):
+        decode_image({"bytes": None, "path": path.replace("1.png", "2.png")}, "row 0")
 
 
 def test_one_pixel_is_enough() -> None:

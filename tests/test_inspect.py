@@ -19,8 +19,18 @@ from torch import nn
 
 from nc_hf import save_pretrained
 from nc_hf.image_sets import image_sets, read_splits
-from nc_hf.inspect import check_classes, geometry_table, inspect_classifier, main, recipe_for, take_option
-from nc_hf.models.classifier import image_settings
+from nc_hf.inspect import (
+    check_classes,
+    draw_figures,
+    geometry_table,
+    inspect_classifier,
+    main,
+    recipe_for,
+    take_option,
+    take_value,
+)
+from nc_hf.models.classifier import find_head, image_settings, load_classifier
+from nc_hf.models.headed import replace_head
 from nc_hf.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,13 +162,21 @@ def test_the_data_are_those_of_the_recipe_that_is_nearest(tmp_path):
 
 def test_the_recipe_of_a_hub_id_is_that_of_the_asked_revision(tmp_path, monkeypatch):
     """Not the revision in that recipe: it is of the model that training started from."""
-    (tmp_path / "recipe.yaml").write_text("model: {name: timm/resnet18, revision: older}\ndata: {dataset: cifar10}")
+    theirs = (
+        "model: {name: timm/resnet18, revision: older}\ndata: {dataset: cifar10, data_dir: /etc, cache_dir: /root}"
+    )
+    (tmp_path / "recipe.yaml").write_text(theirs)
     asked = []
     monkeypatch.setattr("nc_hf.models.classifier.local_folder", lambda *names: asked.append(names) or tmp_path)
     assert recipe_for("me/model", []).model.revision is None
     recipe = recipe_for("me/model", ["--model.revision", "v2"])
     assert recipe.model.revision == "v2" and recipe.data.dataset == "cifar10"
-    assert asked == [("me/model", None), ("me/model", "v2")]
+    assert recipe.data.data_dir is recipe.data.cache_dir is None
+    assert recipe_for("me/model", ["--data.data_dir", "mine"]).data.data_dir == "mine"
+    assert asked == [("me/model", None), ("me/model", "v2"), ("me/model", None)]
+    (tmp_path / "recipe.yaml").write_text("extends: ../../secrets.yaml")
+    with pytest.raises(ValueError, match="from the Hub and extends another file"):
+        recipe_for("me/model", [])
 
 
 def test_evaluate_refuses_a_model_of_unknown_data(tmp_path):
@@ -177,9 +195,42 @@ def test_geometry_that_the_data_do_not_define_is_a_dash():
     assert agreement[-4:] == ["50.0", "%", "100.0", "%"]
 
 
+@pytest.mark.parametrize("kind", ["experts", "two branches", "fixed head"])
+def test_networks_of_other_objectives_are_measured_as_they_are(kind, tmp_path):
+    name = {"experts": "resnet32_ride_cifar", "two branches": "resnet32_bbn_cifar"}.get(kind, "resnet20_cifar")
+    model, processor = load_classifier(name, 10, image_size=16)
+    if kind == "fixed head":
+        replace_head(model, "etf")
+    save_pretrained(model, tmp_path, heads={"base": find_head(model)[1].state_dict()}, active_head="base")
+    recipe = load_recipe(None, DIGITS)
+    results, means = inspect_classifier(str(tmp_path), recipe)
+    images = image_sets(recipe, read_splits(recipe), image_settings(model, processor))["test"]
+    batch = images.__getitems__(list(range(len(images))))
+    with torch.inference_mode():
+        right = (model.eval()(batch["pixel_values"]).argmax(dim=1) == batch["labels"]).float().mean()
+    assert results["heads"]["base"]["accuracy"] == pytest.approx(right.item())
+    assert means["train"].shape == (10, find_head(model)[1].weight.shape[1])
+
+
+def test_a_class_without_test_images_is_in_no_figure(inspected, tmp_path, monkeypatch):
+    results, means = inspected
+    means = {"train": means["train"], "test": means["test"].clone()}
+    means["test"][3] = 0
+    shown = []
+    for figure in ("angle_figure", "norm_figure"):
+        monkeypatch.setattr(f"nc_hf.figures.{figure}", lambda panels, counts: shown.append(counts))
+    monkeypatch.setattr("nc_hf.figures.save_figure", lambda *_, **__: None)
+    draw_figures(tmp_path, results, means)
+    expected = [0 if k == 3 else n for k, n in enumerate(results["dataset"]["class_counts"])]
+    assert shown == [expected, expected]
+
+
 def test_options_with_one_or_more_values():
     assert take_option(["--a", "1", "2", "--b", "3"], "--a") == (["1", "2"], ["--b", "3"])
     assert take_option(["x", "--b=3", "--a=1"], "--b") == (["3"], ["x", "--a=1"])
     assert take_option(["x"], "--a") == (None, ["x"])
     with pytest.raises(SystemExit, match="--a needs a value"):
         take_option(["--a", "--b", "3"], "--a")
+    assert take_value(["x", "--a", "1"], "--a") == ("1", ["x"]) and take_value(["x"], "--a") == (None, ["x"])
+    with pytest.raises(SystemExit, match="--a takes one value, got 1 other.yaml"):
+        take_value(["--a", "1", "other.yaml"], "--a")

@@ -20,7 +20,7 @@ from nc_hf.card_block import BEGIN, END, merge_cards
 from nc_hf.hub import save_pretrained
 from nc_hf.model_card import model_card, write_card
 from nc_hf.models.classifier import load_classifier
-from nc_hf.paper_results import TABLE3, method_name, paper_accuracy
+from nc_hf.paper_results import paper_accuracy
 from nc_hf.recipe import dump_recipe, load_recipe
 from nc_hf.results import write_results
 
@@ -340,48 +340,6 @@ def test_a_readme_without_our_marks_keeps_its_body():
 def test_a_readme_whose_metadata_is_broken_is_refused():
     with pytest.raises(ValueError, match="cannot be read"):
         merge_cards(f"---\ntags:\n- a\n---\n{BEGIN}\n{END}\n", "---\ntags: [a\n---\ntext\n")
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({}, "NC-DRW"),
-        ({"within_weight": 0, "between_weight": 0, "centers": "ema"}, "CE-DRW"),
-        ({"between_weight": 0}, "CE+L_W-DRW"),
-        ({"drw_epoch": None}, "NC-RW"),
-        ({"class_weighting": "none", "drw_epoch": None, "sampler": "class_balanced"}, "NC-RS"),
-    ],
-)
-def test_methods_have_the_papers_names(settings, name):
-    recipe = load_recipe(ROOT / "recipes/cifar10_lt/nc_drw_crt.yaml")
-    recipe.stage1 |= settings
-    assert method_name(recipe) == name
-    assert method_name(recipe, "crt") == f"{name}-cRT"
-
-
-@pytest.mark.parametrize(
-    ("recipe", "head", "name"),
-    [
-        ("mislas", "lws", "MiSLAS"),
-        ("bbn", "base", "BBN"),
-        ("kcl", "crt", "KCL"),
-        ("kcl", "base", "KCL-untrained head"),
-        ("ldam_drw", "base", "LDAM-DRW"),
-        ("arb", "base", "ARB-Loss"),
-        ("nc_ride", "base", "RIDE (3 experts)+NC"),
-        ("center_loss", "base", "CE+Center Loss-DRW"),
-        ("ce_crt", "lws", "CE-LWS"),
-    ],
-)
-def test_recipes_have_the_papers_names(recipe, head, name):
-    assert method_name(load_recipe(ROOT / f"recipes/cifar10_lt/{recipe}.yaml"), head) == name
-
-
-def test_the_papers_table_is_the_printed_one(shared):
-    printed = json.loads((shared / "paper_tables.json").read_text())["table3_cifar_lt_top1"]
-    for (dataset, ratio), rows in TABLE3.items():
-        column = printed["columns"].index(f"{dataset.upper()}-LT r={ratio}")
-        assert rows == {name: printed["rows"][name][column] for name in rows}
 
 
 @pytest.mark.parametrize("change", [{"model": "resnet18"}, {"split": "validation"}, {"methods": {}}])

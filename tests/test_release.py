@@ -72,7 +72,7 @@ def test_a_release_has_all_that_a_visitor_wants(tmp_path):
         "angles.png", "classes.png", "collapse.png", "norms.png"
     }  # fmt: skip
     card = (folder / "README.md").read_text()
-    assert "| CE-DRW: the same without the collapse terms | 70.0 |" in card
+    assert "| CE-DRW: the same without the collapse terms, one run | 70.0 |" in card
     assert "| 81.0 ± 1.4 |" in card and "license: mit" in card
     assert "/home/me" not in (folder / "recipe.yaml").read_text() and "/home/me" not in card
     assert load_recipe(folder / "recipe.yaml").stage1 == load_recipe(run / "recipe.yaml").stage1

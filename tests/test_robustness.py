@@ -87,9 +87,9 @@ def test_an_image_set_with_noise_keeps_its_labels_and_gives_single_images(images
         ({"std": ["0", "a lot"]}, "take numbers, such as 0 0.1 0.2: could not convert string to float: 'a lot'"),
         ({"std": ["-0.1"]}, "must be 0 or more, got -0.1"),
         ({"std": ["nan"]}, "must be 0 or more, got nan"),
-        ({"std": ["0.1"], "scale": ["loud"]}, "must be one of pixels, normalized, got 'loud'"),
-        ({"std": ["0.1"], "seed": ["-1"]}, "seed of the noise must be 0 or more, got -1"),
-        ({"std": None, "seed": ["1"]}, "need --noise-std and its standard deviations"),
+        ({"std": ["0.1"], "scale": "loud"}, "must be one of pixels, normalized, got 'loud'"),
+        ({"std": ["0.1"], "seed": "-1"}, "seed of the noise must be 0 or more, got -1"),
+        ({"std": None, "seed": "1"}, "need --noise-std and its standard deviations"),
     ],
 )
 def test_noise_that_means_nothing_is_refused(words, message):
@@ -100,7 +100,7 @@ def test_noise_that_means_nothing_is_refused(words, message):
 def test_settings_from_a_command_line():
     assert noise_settings(None) is None
     assert noise_settings(["0", ".1"]) == {"std": [0.0, 0.1], "scale": "normalized", "seed": 0}
-    assert noise_settings(["1"], ["pixels"], ["4"]) == {"std": [1.0], "scale": "pixels", "seed": 4}
+    assert noise_settings(["1"], "pixels", "4") == {"std": [1.0], "scale": "pixels", "seed": 4}
 
 
 def test_the_table_has_a_column_a_deviation():

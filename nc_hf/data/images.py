@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import psutil
 import torch
 from datasets import Dataset, Image
+from datasets.utils.file_utils import is_local_path, xopen
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -174,10 +176,10 @@ class StreamedImages(ImageSet):
 
 
 def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
-    """An image in RGB, whatever its mode was; EXIF is not looked at.
+    """An image in RGB, whatever its mode was, turned as its EXIF says, as `datasets` and pipelines do.
 
     Args:
-        encoded: `{"bytes": …, "path": …}` as `datasets` stores images.
+        encoded: `{"bytes": …, "path": …}` as `datasets` stores images; the path may lie in an archive.
         where: names the image in errors, beside its path.
 
     Raises:
@@ -187,13 +189,16 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
     try:
         if content is None and path is None:
             raise ValueError("there is none")
+        if content is None and not is_local_path(path):
+            with xopen(path, "rb") as file:
+                content = file.read()
         with PIL.Image.open(path if content is None else io.BytesIO(content)) as image:
             limit = PIL.Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
                 return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         name = f" ({path})" if path else ""
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from nc_hf.models.experts import ExpertsHead
@@ -164,6 +165,7 @@ def _load_transformers(
         folder,
         config=config,
         ignore_mismatched_sizes=True,
+        dtype=torch.float32,  # weights saved in half precision would be trained in it
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,

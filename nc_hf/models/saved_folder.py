@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 HEADS = "nc_heads.safetensors"
-HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors*", HEADS]
+HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors*", HEADS, "recipe.yaml"]
 FORMAT = 1  # of the key `nc_hf` in config.json
 LARGEST_JSON = 8 * 2**20  # bytes; the names of 100,000 classes take 2 MB
 DEEPEST_JSON = 32
@@ -110,8 +110,9 @@ def is_timm_config(config: dict[str, Any]) -> bool:
 
 def _check_timm_arguments(config: dict[str, Any], path: Path) -> None:
     """Accept plain values for the architecture itself; places of weights in `pretrained_cfg` have no effect here."""
-    if not isinstance(config.get("architecture", ""), str):
-        raise ValueError(f"{path} has the architecture {config['architecture']!r:.80}. It must be a name.")
+    architecture = config.get("architecture", "")
+    if not isinstance(architecture, str) or {":", "/"} & set(architecture):  # timm would go to another place for it
+        raise ValueError(f"{path} has the architecture {architecture!r:.80}. It must be a name.")
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(f"{path} must have an object as {key}, found {config[key]!r:.80}.")

@@ -1,0 +1,92 @@
+"""What a card says of data and training is true of unusual runs, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import metadata_load
+
+from nc_hf.card_facts import dataset_facts
+from nc_hf.hub import save_pretrained
+from nc_hf.model_card import write_card
+from nc_hf.models.classifier import load_classifier
+from nc_hf.recipe import dump_recipe, load_recipe
+from nc_hf.results import write_results
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+PIXELS = "CIFAR-10, exponential profile, imbalance ratio 100, seed 0: 12406 training images, 5000 to 50 a class; "
+PIXELS += f"sha256 of pixels {'0' * 64}, the standard subset"
+METRICS = {"accuracy": 0.5, "class_mean_accuracy": 0.5, "per_class_accuracy": [0.5, 0.5], "ece": 0.1}
+
+
+def results(head: str = "base", **changes) -> dict:
+    dataset = {"name": "cifar10", "description": PIXELS, "class_names": ["ant", "bee"], "class_counts": [30, 10]}
+    trained = {stage: {"batch": 128, "processes": 1} for stage in ("stage1", "stage2")}
+    return {"seed": 0, "split": "test", "dataset": dataset, "heads": {head: METRICS}, "training": trained} | changes
+
+
+@pytest.fixture(scope="module")
+def card_of(tmp_path_factory):
+    """The card of a run of a recipe of CIFAR-10-LT, and its tags."""
+    folder = tmp_path_factory.mktemp("model")
+    model, _ = load_classifier("resnet20_cifar", 2)
+
+    def make(recipe: str, *overrides: str, seeds: tuple[int, ...] = (), twin: bool = False) -> tuple[str, list[str]]:
+        loaded = load_recipe(RECIPES / "cifar10_lt" / f"{recipe}.yaml", overrides)
+        head = loaded.stage2["heads"][0] if loaded.stage2 else "base"
+        save_pretrained(model, folder, heads={head: model.fc.state_dict()}, active_head=head)
+        (folder / "recipe.yaml").write_text(dump_recipe(loaded))
+        write_results(folder / "results.json", results(head))
+        (folder / "seeds").mkdir(exist_ok=True)
+        for seed in seeds:
+            write_results(folder / "seeds" / f"{seed}.json", results(head, seed=seed))
+        if twin:
+            write_results(folder / "twin.json", results())
+        (folder / "README.md").unlink(missing_ok=True)
+        write_card(folder, "user/name")
+        return (folder / "README.md").read_text(), metadata_load(folder / "README.md")["tags"]
+
+    return make
+
+
+@pytest.mark.parametrize("change", [{"validation_fraction": 0.1}, {}])
+def test_a_part_of_the_standard_subset_is_not_called_it(change):
+    whole = results()
+    facts = dataset_facts(whole | {"dataset": whole["dataset"] | change})
+    assert (facts["standard"], facts["sha256"]) == ((None, None) if change else ("the standard subset", "0" * 64))
+    skipped = dataset_facts(whole | {"skipped_images": {"train": 2}})
+    assert skipped["standard"] is skipped["sha256"] is None
+
+
+def test_the_checksum_of_a_users_files_is_not_shown():
+    own = results()["dataset"] | {"description": f"sha256 of names {'1' * 64}"}
+    facts = dataset_facts(results(dataset=own))
+    assert facts["sha256"] is facts["description"] is None
+
+
+def test_heads_that_are_computed_are_not_called_trained(card_of):
+    card, _ = card_of("ce_crt", "--stage2.heads", "[tau_norm, ncm]")
+    assert "* Stage 2: nothing is trained; computed from the training features: tau_norm, ncm\n" in card
+    card, _ = card_of("ce_crt", "--stage2.heads", "[crt, ncm]")
+    assert "* Stage 2: 10 epochs of batches of 128" in card and "; computed from the training features: ncm\n" in card
+    card, _ = card_of("ce_crt", "--stage2.heads", "[crt]")
+    assert "* Stage 2: 10 epochs" in card and "computed from" not in card
+
+
+def test_center_loss_is_called_so_and_the_start_of_the_terms_is_told(card_of):
+    card, tags = card_of("center_loss_between")
+    assert "; center loss (0.01) + 0.1 L_B, class centers ema" in card and "neural-collapse" in tags
+    card, _ = card_of("nc", "--stage1.start_epoch", "0.5")
+    assert "; collapse terms 0.01 L_W + 0.1 L_B from epoch 100 on, class centers ema" in card
+
+
+def test_a_model_without_the_terms_is_not_tagged_with_them(card_of):
+    assert card_of("ce")[1] == ["image-classification", "long-tailed", "class-imbalance", "nc_hf"]
+
+
+def test_what_is_of_one_seed_says_so_among_several(card_of):
+    card, _ = card_of("nc_drw_crt", seeds=(1, 2), twin=True)
+    assert "mean ± standard deviation of 3 seeds" in card and "the same without the collapse terms, one run" in card
+    assert "<summary>By class (seed 0)</summary>" in card
+    assert "average, on the test images (seed 0)." in card
