@@ -57,6 +57,8 @@ def test_the_command_pushes_a_split(hub, user, tmp_path):
     facts = json.loads(hub.files(f"{user}/digits-lt", kind="dataset")["r10/split.json"])
     assert facts["counts"]["train"] == np.bincount(ours["train"]["label"][:]).tolist()
     assert (facts["profile"], facts["imbalance_ratio"], facts["seed"]) == ("exponential", 10, 0)
+    part = subprocess.run([*command, "--data.validation_fraction", "0.1"], capture_output=True, text=True)
+    assert part.returncode != 0 and "Leave them out." in part.stderr
 
 
 def test_the_examples_of_the_card_run_as_they_stand(hub, user, digits, tmp_path, monkeypatch, capsys):
