@@ -11,6 +11,7 @@ from nc_hf.paper_tables import Setting, Table
 from nc_hf.recipe import Recipe
 from nc_hf.recipe_sections import defaults_of
 from nc_hf.reproduction import MEANS, Found, Plan
+from nc_hf.retraining_args import TRAINED_HEADS
 
 CLOSE = 1.0  # points below the paper that still count as reproduced
 JUDGED = ("nc", "ce_drw")  # how the methods begin that have to
@@ -155,7 +156,8 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
             kind = {"mean": "", "images": " as center loss"}.get(stage["within_reduction"], " as a sum")
             parts["terms"] = f"{weights}{kind * bool(terms['L_W'])}, {stage['centers']} centers"
     if head != "base" and recipe.stage2 is not None:
-        parts["stage2"] = f"{head} {(defaults_of('stage2') | recipe.stage2)['num_train_epochs']:g} epochs"
+        epochs = (defaults_of("stage2") | recipe.stage2)["num_train_epochs"]
+        parts["stage2"] = f"{head} {epochs:g} epochs" if head in TRAINED_HEADS else f"{head}, computed"
     return parts
 
 
