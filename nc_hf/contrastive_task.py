@@ -17,9 +17,9 @@ from nc_hf.losses.contrastive import (
     sample_positives,
     supervised_contrastive_loss,
     uniform_targets,
-    unit_rows,
     update_centroids,
 )
+from nc_hf.losses.precision import unit_rows
 from nc_hf.models.classifier import FeatureTap
 from nc_hf.sampling import mix_seeds
 from nc_hf.task import ClassificationTask, Update
@@ -169,7 +169,6 @@ class ContrastiveTask(ClassificationTask):
         settings: of the method.
         feature_dim: P, the width of the head's input.
         collapse: the two feature terms, on the features of all views (FCL) or of view one, or None.
-        mixup_rule: as of `ClassificationTask`; without effect, for mixed images are refused.
     """
 
     def __init__(
@@ -181,10 +180,9 @@ class ContrastiveTask(ClassificationTask):
         settings: ContrastiveSettings,
         feature_dim: int,
         collapse: NeuralCollapseLoss | None = None,
-        mixup_rule: str = "weighted",
     ) -> None:
         key_classifier = copy.deepcopy(model)  # before a tap is put on it
-        super().__init__(model, head_name, num_classes, collapse=collapse, mixup_rule=mixup_rule)
+        super().__init__(model, head_name, num_classes, collapse=collapse)
         self.settings = settings
         hidden, last = nn.Linear(feature_dim, feature_dim), nn.Linear(feature_dim, settings.dimension)
         self.projector = nn.Sequential(hidden, nn.ReLU(), last)

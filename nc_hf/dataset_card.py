@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
 from huggingface_hub import CommitInfo, CommitOperationAdd, DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from nc_hf.card_block import escaped, marked, merge_cards
 from nc_hf.data.builders import STANDARD_PIXELS, pixel_checksum
@@ -20,7 +19,7 @@ from nc_hf.data.long_tail import class_counts
 from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
 from nc_hf.data.splits import BUILDERS
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
-from nc_hf.publishing import MOVED_ON, PushError, reason_of, retried
+from nc_hf.publishing import PushError, on_the_head, reason_of, retried
 from nc_hf.recipe import DataConfig
 
 TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
@@ -83,9 +82,9 @@ def push_splits(
     options = {"config_name": config_name, "private": private, "revision": revision, "create_pr": create_pr}
     api = HfApi()
     try:
-        commit = _on_the_head(lambda: splits.push_to_hub(repo_id, **options))
+        commit = on_the_head(lambda: retried(lambda: splits.push_to_hub(repo_id, **options)))
         place = {"repo_id": repo_id, "repo_type": "dataset", "revision": commit.pr_revision or revision}
-        _on_the_head(lambda: _commit_card(api, place, facts, dataset))
+        on_the_head(lambda: retried(lambda: _commit_card(api, place, facts, dataset)))
     except Exception as error:
         # Whatever a client raises here, the splits are as they were and the user is told how to go on.
         raise PushError(
@@ -93,16 +92,6 @@ def push_splits(
             "Run it again; what has arrived is not sent twice."
         ) from error
     return commit.pr_url or str(commit.repo_url)
-
-
-def _on_the_head(push: Callable[[], Any]) -> Any:
-    """Push; once more on the new head when somebody else was faster."""
-    try:
-        return retried(push)
-    except HfHubHTTPError as error:
-        if error.response.status_code != MOVED_ON:
-            raise
-        return retried(push)
 
 
 def _commit_card(api: HfApi, place: Mapping[str, Any], facts: Mapping[str, Any], dataset: str | None) -> CommitInfo:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nc_hf.losses.experts import class_temperatures, diversity
-from nc_hf.models.experts import Experts, unit
+from nc_hf.losses.precision import unit_rows
+from nc_hf.models.experts import Experts
 from nc_hf.task import ClassificationTask, Update
 
 
@@ -19,7 +20,7 @@ class ExpertsTask(ClassificationTask):
     The supervised loss is summed over experts, each on logits of its own; to that comes the diversity term, a negative
     factor times `nc_hf.losses.experts.diversity`. Once classes are re-weighted (`weighting_active`) it has a
     temperature for each class. The collapse terms see each expert's features before they are normalized, with centers
-    of its own: `collapse` is an `ExpertsCollapseLoss`. In eval mode logits are the mean over experts.
+    of its own: `collapse` has `num_experts`. In eval mode logits are the mean over experts.
 
     Args:
         model: the network.
@@ -73,12 +74,12 @@ class ExpertsTask(ClassificationTask):
     def collapse_features_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """What the collapse terms see (B, E P), not normalized, and the logits (B, K) of images (B, 3, H, W)."""
         features = self.classifier.expert_features(pixel_values)
-        return features.flatten(1), self.head(unit(features).flatten(1))
+        return features.flatten(1), self.head(unit_rows(features).flatten(1))
 
     def training_terms(self, pixel_values: Tensor, labels: Tensor, update: Update) -> tuple[dict[str, Tensor], Tensor]:
         """The supervised loss of every expert, what drives them apart, and the collapse terms of each."""
         features = self.classifier.expert_features(pixel_values)
-        expert_logits = self.head.expert_logits(unit(features))
+        expert_logits = self.head.expert_logits(unit_rows(features))
         terms = {"supervised": sum(self.supervised_term(logits, labels, update) for logits in expert_logits.unbind(1))}
         if self.diversity_factor:
             apart = diversity(expert_logits, self.temperatures[int(self.weighting_active)])

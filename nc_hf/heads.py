@@ -133,3 +133,28 @@ def choose(
         if score > best_score:
             best, best_score = (value, head), score
     return best
+
+
+def simplex_directions(num_classes: int, feature_dim: int, seed: int = 0) -> Tensor:
+    """M^T, (K, P) float64, with M^T M = K/(K-1) (I - 11^T / K) (Definition 1 of the paper) in a random rotation.
+
+    Args:
+        num_classes: K, at least 2.
+        feature_dim: P, at least K - 1.
+        seed: of the rotation.
+
+    Raises:
+        ValueError: where there is no such simplex.
+    """
+    if num_classes < 2 or feature_dim < num_classes - 1:
+        raise ValueError(
+            f"there is no simplex of {num_classes} directions in {feature_dim} dimensions: it takes 2 or more classes "
+            f"and features at least {num_classes - 1} wide. Take a wider network, or a linear or cosine head."
+        )
+    ones_first = torch.eye(num_classes, dtype=torch.float64)
+    ones_first[:, 0] = 1
+    across_ones = torch.linalg.qr(ones_first)[0][:, 1:]  # (K, K - 1), orthonormal and orthogonal to the ones
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(feature_dim, num_classes - 1, dtype=torch.float64, generator=generator)
+    basis, _ = torch.linalg.qr(drawn)
+    return (num_classes / (num_classes - 1)) ** 0.5 * across_ones @ basis.T

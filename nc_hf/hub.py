@@ -155,7 +155,8 @@ def load_pretrained(
         revision: of the Hub id.
 
     Raises:
-        ValueError: when the folder has no such head.
+        ValueError: when the folder has no such head, or as `load_classifier`.
+        FileNotFoundError: as `load_classifier`.
     """
     folder = local_folder(str(folder), revision)
     model, processor = load_classifier(str(folder))

@@ -12,7 +12,7 @@ writes them with the figures to `--output` (`inspect-<name>` here by default).
 
 from __future__ import annotations
 
-import re
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -43,20 +43,26 @@ QUANTITIES = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Inspect the folder or Hub id named by the first argument."""
+    """Inspect the folder or Hub id named by the first argument; settings of a recipe may follow."""
     from nc_hf.processes import start_processes
     from nc_hf.results import results_table, write_results
 
-    if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(__doc__)
-    source, *rest = arguments
-    output, rest = take_value(rest, "--output")
-    shorthand = re.compile(r"--data(?==|$)")
-    recipe = recipe_for(source, [shorthand.sub("--data.dataset", argument) for argument in rest])
+    parser = argparse.ArgumentParser(
+        "python -m nc_hf.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="folder or Hub id")
+    parser.add_argument("--data", help="short for --data.dataset")
+    parser.add_argument("--output", type=Path, help="folder of the results and figures")
+    options, rest = parser.parse_known_args(arguments)
+    source = options.source
+    recipe = recipe_for(source, rest if options.data is None else [*rest, "--data.dataset", options.data])
     state = start_processes()
     results, means = inspect_classifier(source, recipe)
     if state.is_main_process:
-        folder = Path(output or f"inspect-{_last_part(source)}")
+        folder = options.output or Path(f"inspect-{_last_part(source)}")
         folder.mkdir(parents=True, exist_ok=True)
         write_results(folder / "results.json", results)
         draw_figures(folder, results, means)
@@ -84,21 +90,24 @@ def recipe_for(source: str, arguments: Sequence[str]) -> Recipe:
 
     given = bool(arguments) and not arguments[0].startswith("--")
     path, overrides = (Path(arguments[0]), arguments[1:]) if given else (None, arguments)
-    revision, _ = take_value(overrides, "--model.revision")
+    named = argparse.ArgumentParser(allow_abbrev=False)
+    named.add_argument("--model.revision", dest="revision")
+    named.add_argument("--data.dataset", dest="dataset")
+    named, _ = named.parse_known_args(overrides)
     if path is None:
-        folder = local_folder(source, revision)
+        folder = local_folder(source, named.revision)
         # A release has its recipe inside, a stage of a run beside it.
         places = (folder / "recipe.yaml", folder.parent / "recipe.yaml")
         path = next((place for place in places if place.is_file()), None)
         if path is not None and not Path(source.removeprefix("local-dir:")).is_dir():
             overrides = [*_without_places(path), *overrides]
-    if path is None and take_option(overrides, "--data.dataset")[0] is None:
+    if path is None and named.dataset is None:
         raise ValueError(
             f"{source} has no recipe.yaml, so its data are not known. Give a recipe after it, or name the data by "
             "--data.dataset and, where needed, --data.data_dir and --data.imbalance_ratio."
         )
     recipe = load_recipe(path, overrides)
-    recipe.model.revision = revision  # in a recipe, it is of the model that training started from
+    recipe.model.revision = named.revision  # in a recipe, it is of the model that training started from
     return recipe
 
 
@@ -136,7 +145,7 @@ def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dic
         split, train = evaluated_split(images), images["train"]
         # The features are the same for each head.
         means = means or {name: trainer.class_means(images[name]) for name in dict.fromkeys(("train", split))}
-        bounds = {"few_below": recipe.evaluation.few_below, "many_above": recipe.evaluation.many_above}
+        bounds = recipe.evaluation.bounds
         results["heads"][head] = evaluate_classifier(trainer, images[split], train.class_counts, **bounds)
         results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
         counts = train.class_counts.tolist()
@@ -235,47 +244,13 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
 
 def geometry_table(geometry: dict[str, dict[str, float]]) -> str:
     """NC1-NC4 as aligned text, one column a split; "-" for what these data do not define."""
+    from nc_hf.results import aligned
+
     names = [name for name in QUANTITIES if any(name in metrics for metrics in geometry.values())]
     rows = [["", *geometry]]
     for name in names:
         rows.append([QUANTITIES[name]] + [_shown(name, metrics.get(name)) for metrics in geometry.values()])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-def take_option(arguments: Sequence[str], option: str) -> tuple[list[str] | None, list[str]]:
-    """The values that follow an option on a command line (None without it), and the rest of the line.
-
-    Raises:
-        SystemExit: for an option without a value.
-    """
-    arguments = [part for argument in arguments for part in _split_at_equals(argument, option)]
-    if option not in arguments:
-        return None, arguments
-    start = arguments.index(option) + 1
-    stop = next((i for i in range(start, len(arguments)) if arguments[i].startswith("--")), len(arguments))
-    if start == stop:
-        raise SystemExit(f"{option} needs a value.")
-    return arguments[start:stop], arguments[: start - 1] + arguments[stop:]
-
-
-def take_value(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """As `take_option`, of an option with one value.
-
-    Raises:
-        SystemExit: for an option without a value, or with several.
-    """
-    values, rest = take_option(arguments, option)
-    if values and len(values) > 1:
-        raise SystemExit(f"{option} takes one value, got {' '.join(values)}. A recipe comes before all options.")
-    return values and values[0], rest
-
-
-def _split_at_equals(argument: str, option: str) -> list[str]:
-    return [option, argument.removeprefix(f"{option}=")] if argument.startswith(f"{option}=") else [argument]
+    return "\n".join(aligned(rows, first="<"))
 
 
 def _shown(name: str, value: float | None) -> str:

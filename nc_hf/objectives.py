@@ -16,7 +16,6 @@ from nc_hf.contrastive_task import ContrastiveSettings, ContrastiveTask
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
-from nc_hf.losses.experts import ExpertsCollapseLoss
 from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.classifier import feature_dim, find_head
 from nc_hf.models.classifier import freeze_backbone as freeze
@@ -70,7 +69,7 @@ def build_task(
             logger.warning("the backbone is frozen, so the collapse terms have nothing to move and are left out")
     else:
         _check_network(model, objective)
-    settings: dict[str, Any] = {"mixup_rule": args.mixup_rule}
+    settings: dict[str, Any] = {}
     if args.collapse_enabled and not freeze_backbone:
         settings["collapse"] = _collapse_loss(model, num_classes, feature_dim(head_module), args, class_counts)
     if args.channels_last:
@@ -79,7 +78,7 @@ def build_task(
     if objective == "contrastive":
         settings["settings"] = ContrastiveSettings(seed=args.seed, **own)
         return ContrastiveTask(model, head_name, num_classes, feature_dim=feature_dim(head_module), **settings)
-    settings["supervised"] = _supervised_loss(args, class_counts)
+    settings |= {"supervised": _supervised_loss(args, class_counts), "mixup_rule": args.mixup_rule}
     check_head_for(settings["supervised"], head_module)
     if args.class_weighting != "none":
         settings["class_weights"] = class_weights(class_counts, args.class_weighting, beta=args.effective_number_beta)
@@ -136,12 +135,9 @@ def _supervised_loss(args: NCTrainingArguments, class_counts: np.ndarray | None)
 def _collapse_loss(
     model: nn.Module, num_classes: int, width: int, args: NCTrainingArguments, class_counts: np.ndarray | None
 ) -> NeuralCollapseLoss:
-    kind, extra = NeuralCollapseLoss, {}
-    if args.objective == "experts":
-        kind, extra = ExpertsCollapseLoss, {"num_experts": model.num_experts}
-    elif args.objective == "bilateral":
+    if args.objective == "bilateral":
         width //= 2  # the features of one branch
-    return kind(
+    return NeuralCollapseLoss(
         num_classes,
         width,
         args.within_weight,
@@ -152,5 +148,5 @@ def _collapse_loss(
         feature_scale=args.feature_scale,
         momentum=args.centers_momentum,
         class_counts=class_counts,
-        **extra,
+        num_experts=model.num_experts if args.objective == "experts" else 1,
     )

@@ -121,9 +121,8 @@ def push_folder(
         url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None:
             retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        commit = _commit(
-            api, folder, card, repo_id, revision=revision, create_pr=create_pr, commit_message=commit_message
-        )
+        settings = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        commit = on_the_head(lambda: _commit(api, folder, card, repo_id, **settings))
     except Exception as error:
         # Whatever a client or a file system raises here, the folder stays and the user is told how to go on.
         raise PushError(
@@ -170,18 +169,18 @@ def push_command(
     return f"""python -c "import nc_hf; nc_hf.push_folder({str(folder)!r}, {repo_id!r}{given})\""""
 
 
-def _commit(api: HfApi, folder: Path, card: str, repo_id: str, **settings: Any) -> Any:
-    """One commit on the head that was read; once more on the new head when somebody else was faster."""
+def on_the_head(commit: Callable[[], Any]) -> Any:
+    """What a commit on the head that it reads gives; tried once more when somebody else was faster."""
     try:
-        return _commit_once(api, folder, card, repo_id, **settings)
+        return commit()
     except HfHubHTTPError as error:
         if error.response.status_code != MOVED_ON:
             raise
-        logger.info("%s has a new commit; reading it and trying once more", repo_id)
-        return _commit_once(api, folder, card, repo_id, **settings)
+        logger.info("the repository has a new commit; reading it and trying once more")
+        return commit()
 
 
-def _commit_once(
+def _commit(
     api: HfApi, folder: Path, card: str, repo_id: str, *, revision: str | None, create_pr: bool, commit_message: str
 ) -> Any:
     head = retried(lambda: api.repo_info(repo_id, revision=revision).sha)

@@ -72,7 +72,12 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Refuse thresholds that overlap."""
-        frequency_groups([], few_below=self.few_below, many_above=self.many_above)
+        frequency_groups([], **self.bounds)
+
+    @property
+    def bounds(self) -> dict[str, int]:
+        """The thresholds, as functions of `nc_hf.metrics` take them."""
+        return {"few_below": self.few_below, "many_above": self.many_above}
 
 
 @dataclass

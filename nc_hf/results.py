@@ -64,7 +64,12 @@ def results_table(results: dict[str, Any]) -> str:
     for name, metrics in results["heads"].items():
         keys = [*GROUPS, "class_mean_accuracy", "ece"]
         rows.append([name] + [f"{100 * metrics[key]:.2f}" if key in metrics else "-" for key in keys])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    lines = aligned(rows)
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def aligned(rows: list[list[str]], first: str = ">") -> list[str]:
+    """Rows of cells as lines of text, columns to the right; `first` is `"<"` for a first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [first, *">" * (len(widths) - 1)]
+    return ["  ".join(f"{cell:{s}{w}}" for cell, s, w in zip(row, sides, widths, strict=True)) for row in rows]

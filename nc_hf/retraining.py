@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class HeadTrainer(NCTrainer):
     learning rate; with `max_norm_threshold` rows are projected after each update (Alshammari et al. 2022).
     """
 
-    def __init__(self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any):
+    def __init__(
+        self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any
+    ) -> None:
         self._hook, (_, layer) = None, find_head(model, head=kwargs.get("head"))
         self._radius = None
         if args.max_norm_threshold is not None:  # not with the optimizer: a resumed run has other weights by then
@@ -196,7 +199,7 @@ def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> di
     return {
         name: tensor.detach().cpu()
         for name, tensor in model.state_dict().items()
-        if not name.startswith(f"{head_name}.") and not name.endswith(may_move or ("\0",))
+        if not name.startswith(f"{head_name}.") and not name.endswith(may_move)
     }
 
 
@@ -223,10 +226,7 @@ def _train_head(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         trainer.finish_head()
     else:
-
-        def make(*parts: Any, **settings: Any) -> HeadTrainer:
-            return HeadTrainer(*parts, learns_scales=learns_scales, **settings)
-
+        make = partial(HeadTrainer, learns_scales=learns_scales)
         train_on_cached_features(trainer, make, layer, args, resume_from_checkpoint)
     return trainer
 

@@ -23,9 +23,9 @@ class RetrainingArguments(NCTrainingArguments):
     Of `heads`, `crt` (a new linear layer) and `lws` (a factor for each class on stage one's logits) are trained, both
     Kang et al. 2020; `tau_norm` and `ncm` (same source), `least_squares` (the paper's Proposition 1) and
     `logit_adjusted` (Menon et al. 2021) are computed. Stage two of MiSLAS (Zhong et al. 2021) is `lws` with
-    `lws_weight_factor`, `loss: label_aware_smoothing` and `backbone_statistics: shifted`, which takes 10 epochs where
-    Kang et al. give the factors alone 5; weight balancing
-    (Alshammari et al. 2022) is `crt` with `head_init: keep`, a large `weight_decay` and `max_norm_threshold`.
+    `lws_weight_factor`, `loss: label_aware_smoothing` and `backbone_statistics: shifted`. Weight balancing
+    (Alshammari et al. 2022) is `crt` with `head_init: keep`, a large `weight_decay` and `max_norm_threshold`. Kang et
+    al. take 5 epochs for `lws` alone.
     """
 
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of re-training."})

@@ -12,24 +12,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nc_hf.data.images import ImageSet
+from nc_hf.results import aligned
 
 if TYPE_CHECKING:
     from nc_hf.trainer import NCTrainer
 
 NoiseScale = Literal["pixels", "normalized"]
-PAPER_STDS = (0.0, 0.1, 0.2, 0.3, 0.4)  # of Table 6
 
 
-def check_noise(std: float, scale: str, seed: int = 0) -> None:
-    """Refuse settings of noise that mean nothing.
+def check_noise(std: float, seed: int = 0) -> None:
+    """Refuse noise that means nothing.
 
     Raises:
-        ValueError: for a standard deviation that is negative or not finite, an unknown scale, or a negative seed.
+        ValueError: for a standard deviation that is negative or not finite, or a negative seed.
     """
     if not (math.isfinite(std) and std >= 0):
         raise ValueError(f"the standard deviation of the noise must be 0 or more, got {std}.")
-    if scale not in get_args(NoiseScale):
-        raise ValueError(f"the scale of the noise must be one of {', '.join(get_args(NoiseScale))}, got {scale!r}.")
     if seed < 0:
         raise ValueError(f"the seed of the noise must be 0 or more, got {seed}.")
 
@@ -50,14 +48,14 @@ class NoisyImages(Dataset):
         seed: of the noise.
 
     Raises:
-        ValueError: as `check_noise`.
+        ValueError: as `check_noise`, or for an unknown scale.
     """
 
     def __init__(self, images: ImageSet, std: float, scale: NoiseScale = "normalized", seed: int = 0) -> None:
-        check_noise(std, scale, seed)
+        check_noise(std, seed)
+        if scale not in get_args(NoiseScale):
+            raise ValueError(f"`scale` must be one of {', '.join(get_args(NoiseScale))}, got {scale!r}.")
         self.images, self.std, self.seed = images, std, seed
-        self.labels, self.class_counts, self.class_names = images.labels, images.class_counts, images.class_names
-        self.collate = images.collate
         self._divisor = torch.tensor(images.transform.std)[:, None, None] if scale == "pixels" else torch.ones(1)
 
     def __len__(self) -> int:
@@ -103,34 +101,8 @@ def noisy_accuracies(
     return accuracies
 
 
-def noise_settings(
-    std: Sequence[str] | None, scale: str | None = None, seed: str | None = None
-) -> dict[str, Any] | None:
-    """Arguments of `noisy_accuracies` from words of a command line; None when no standard deviation is given.
-
-    Raises:
-        ValueError: for values that are not numbers, or that `NoisyImages` would refuse.
-    """
-    if std is None:
-        if scale or seed:
-            raise ValueError("--noise-scale and --noise-seed need --noise-std and its standard deviations.")
-        return None
-    try:
-        settings = {
-            "std": [float(word) for word in std],
-            "scale": scale or "normalized",
-            "seed": int(seed or 0),
-        }
-    except ValueError as error:
-        raise ValueError(f"--noise-std and --noise-seed take numbers, such as 0 0.1 0.2: {error}.") from None
-    for value in settings["std"]:
-        check_noise(value, settings["scale"], settings["seed"])
-    return settings
-
-
 def noise_table(noise: dict[str, Any]) -> str:
     """Percentages of each head as aligned text, one column a standard deviation."""
     rows = [[f"noise std ({noise['scale']})", *(f"{std:g}" for std in noise["std"])]]
     rows += [[head, *(f"{100 * value:.2f}" for value in values)] for head, values in noise["accuracy"].items()]
-    width = max(len(row[0]) for row in rows)
-    return "\n".join("  ".join([row[0].rjust(width), *(cell.rjust(5) for cell in row[1:])]) for row in rows)
+    return "\n".join(aligned(rows))

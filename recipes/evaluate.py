@@ -13,10 +13,11 @@ says where: `normalized`, where the network sees them (default), or `pixels`, in
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 # Python puts this folder first, where this file would stand in for the library `evaluate`.
 HERE = Path(__file__).resolve().parent
@@ -25,28 +26,43 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 
 def main(arguments: list[str]) -> None:
     """Evaluate the folder or Hub id named by the first argument."""
-    from nc_hf.inspect import recipe_for, take_option, take_value
+    from nc_hf.inspect import recipe_for
     from nc_hf.processes import start_processes
     from nc_hf.results import results_table
-    from nc_hf.robustness import noise_settings, noise_table
+    from nc_hf.robustness import noise_table
 
-    if not arguments or arguments[0].startswith("--"):
-        raise SystemExit(__doc__)
-    source, *arguments = arguments
-    json_path, arguments = take_value(arguments, "--json")
-    std, arguments = take_option(arguments, "--noise-std")
-    scale, arguments = take_value(arguments, "--noise-scale")
-    seed, arguments = take_value(arguments, "--noise-seed")
-    noise = noise_settings(std, scale, seed)
-    recipe = recipe_for(source, arguments)
+    options, overrides = parse(arguments)
+    noise = {"std": options.noise_std, "scale": options.noise_scale, "seed": options.noise_seed}
+    recipe = recipe_for(options.source, overrides)
     state = start_processes()
-    results = evaluate_heads(source, recipe, noise)
+    results = evaluate_heads(options.source, recipe, noise if options.noise_std else None)
     if state.is_main_process:
         print(results_table(results))
-        if noise:
+        if "noise" in results:
             print(f"\n{noise_table(results['noise'])}")
-        if json_path:
-            Path(json_path).write_text(json.dumps(results, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the command line, and what of it is for the recipe.
+
+    Raises:
+        ValueError: for noise that means nothing.
+    """
+    from nc_hf.robustness import NoiseScale, check_noise
+
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("source", help="folder or Hub id")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--noise-std", nargs="+", type=float, default=[], help="standard deviations")
+    parser.add_argument("--noise-scale", choices=get_args(NoiseScale), default="normalized")
+    parser.add_argument("--noise-seed", type=int, default=0)
+    options, overrides = parser.parse_known_args(arguments)
+    for std in options.noise_std:
+        check_noise(std, options.noise_seed)
+    return options, overrides
 
 
 def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> dict[str, Any]:
@@ -64,8 +80,7 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
             trainer,
             tested,
             config.get("class_counts", images["train"].class_counts.tolist()),
-            few_below=recipe.evaluation.few_below,
-            many_above=recipe.evaluation.many_above,
+            **recipe.evaluation.bounds,
         )
         if noise:
             results.setdefault("noise", {**noise, "accuracy": {}})

@@ -166,7 +166,7 @@ def run_folder(output: Path, plan: Plan, seed: int) -> Path:
 
 def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[str]]:
     """The commands of a run: training, which resumes, and the measurement under noise."""
-    from nc_hf.robustness import PAPER_STDS
+    from nc_hf.paper_tables import NOISE_STDS
 
     run, recipe = run_folder(options.output, plan, seed), plan.recipe(seed)
     processes = str((recipe.stage1 or recipe.stage2).get("expected_processes") or 1)
@@ -183,7 +183,7 @@ def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[st
         "--json",
         str(run / "noise.json"),
     ]
-    measure += ["--noise-std", *(f"{std:g}" for std in PAPER_STDS)]
+    measure += ["--noise-std", *(f"{std:g}" for std in NOISE_STDS)]
     return [train, measure] if options.noise else [train]
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from nc_hf.bilateral_task import BilateralTask
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.losses.collapse import NeuralCollapseLoss
-from nc_hf.losses.experts import ExpertsCollapseLoss
 from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.experts import ExpertsNetwork
 from nc_hf.task import ClassificationTask
@@ -39,7 +38,7 @@ def small_task(method: str) -> ClassificationTask:
             ExpertsNetwork(**shape, num_experts=3),
             "fc",
             4,
-            collapse=ExpertsCollapseLoss(4, 24, 0.05, 0.5, method.removeprefix("ride_"), num_experts=3),
+            collapse=NeuralCollapseLoss(4, 24, 0.05, 0.5, method.removeprefix("ride_"), num_experts=3),
             class_weights=torch.tensor([0.5, 0.8, 1.2, 1.5]),
             class_counts=COUNTS,
         )

@@ -18,9 +18,10 @@ from nc_hf.doors import check_doors
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.hub import save_pretrained
 from nc_hf.losses.collapse import NeuralCollapseLoss
-from nc_hf.losses.experts import ExpertsCollapseLoss, class_temperatures, diversity
+from nc_hf.losses.experts import class_temperatures, diversity
+from nc_hf.losses.precision import unit_rows
 from nc_hf.models.cifar_resnet import CifarResNet
-from nc_hf.models.experts import ExpertsHead, ExpertsNetwork, unit
+from nc_hf.models.experts import ExpertsHead, ExpertsNetwork
 from nc_hf.models.routing import routed
 
 
@@ -139,7 +140,7 @@ def test_temperatures_refuse_a_factor_of_one():
 )
 def test_collapse_terms_are_the_mean_over_experts_alone(mode, scale):
     torch.manual_seed(0)
-    together = ExpertsCollapseLoss(4, 15, 0.05, 0.5, mode, feature_scale=scale, num_experts=3).double()
+    together = NeuralCollapseLoss(4, 15, 0.05, 0.5, mode, feature_scale=scale, num_experts=3).double()
     alone = [NeuralCollapseLoss(4, 5, 0.05, 0.5, mode, feature_scale=scale).double() for _ in range(3)]
     if mode != "batch":
         together.set_centers(torch.randn(4, 15), torch.ones(4))
@@ -163,7 +164,7 @@ def test_collapse_terms_are_the_mean_over_experts_alone(mode, scale):
 
 
 def test_frozen_centers_get_no_gradient():
-    loss = ExpertsCollapseLoss(4, 6, 0.05, 0.5, "learned", num_experts=2)
+    loss = NeuralCollapseLoss(4, 6, 0.05, 0.5, "learned", num_experts=2)
     loss.frozen = True
     features = torch.randn(8, 6, requires_grad=True)
     sum(loss(features, torch.arange(8) % 4).values()).backward()
@@ -172,7 +173,7 @@ def test_frozen_centers_get_no_gradient():
 
 def test_features_that_do_not_split_are_refused():
     with pytest.raises(ValueError, match="feature_dim=10 cannot be split among num_experts=3"):
-        ExpertsCollapseLoss(4, 10, num_experts=3)
+        NeuralCollapseLoss(4, 10, num_experts=3)
 
 
 # ---- The network ----
@@ -180,7 +181,7 @@ def test_features_that_do_not_split_are_refused():
 
 def test_head_is_the_mean_of_cosine_heads_and_linear_in_unit_features():
     torch.manual_seed(0)
-    head, features = ExpertsHead(3, 5, 4).double(), unit(torch.randn(6, 3, 5, dtype=torch.float64))
+    head, features = ExpertsHead(3, 5, 4).double(), unit_rows(torch.randn(6, 3, 5, dtype=torch.float64))
     head.directions.data *= torch.rand(3, 4, 1, dtype=torch.float64) + 0.5  # lengths do not matter
     logits = head.expert_logits(features)
     for i, e, k in np.ndindex(6, 3, 4):
@@ -196,7 +197,7 @@ def test_autocast_leaves_cosines_in_float32():
     model = small_network().eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = model.expert_features(torch.randn(2, 3, 16, 16))
-        assert model.head_hidden_size == 24 and model.fc.expert_logits(unit(features)).dtype == torch.float32
+        assert model.head_hidden_size == 24 and model.fc.expert_logits(unit_rows(features)).dtype == torch.float32
         assert model(torch.randn(2, 3, 16, 16)).dtype == torch.float32
         assert model.expert_outputs(0, model.shared_features(torch.randn(2, 3, 16, 16)))[1].dtype == torch.float32
 
@@ -207,7 +208,7 @@ def test_interface_of_timm():
     assert model.num_features == features.shape[1] == 24 and model.num_classes == 7
     assert model.get_classifier() is model.fc
     torch.testing.assert_close(features @ model.fc.weight.T, model(x))
-    torch.testing.assert_close(features, unit(model.expert_features(x)).flatten(1))
+    torch.testing.assert_close(features, unit_rows(model.expert_features(x)).flatten(1))
     shared = model.shared_features(x)
     outputs = [model.expert_outputs(e, shared) for e in range(3)]
     torch.testing.assert_close(torch.stack([f for f, _ in outputs], dim=1).flatten(1), features)

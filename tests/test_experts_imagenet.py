@@ -15,9 +15,9 @@ from torch import nn
 from nc_hf.doors import check_doors
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.hub import save_pretrained
-from nc_hf.losses.experts import ExpertsCollapseLoss
+from nc_hf.losses.collapse import NeuralCollapseLoss
+from nc_hf.losses.precision import unit_rows
 from nc_hf.models.classifier import check_tap, find_head, image_settings, load_classifier
-from nc_hf.models.experts import unit
 from nc_hf.models.experts_imagenet import ResNeXtExperts
 from nc_hf.models.routing import evaluate_routing, routed
 from nc_hf.trainer import NCTrainer
@@ -116,7 +116,7 @@ def test_interface_of_timm():
     assert find_head(model) == ("fc", model.fc) and model.get_classifier() is model.fc
     check_tap(model, "fc", x)
     torch.testing.assert_close(features @ model.fc.weight.T, model(x))
-    torch.testing.assert_close(features, unit(model.expert_features(x)).flatten(1))
+    torch.testing.assert_close(features, unit_rows(model.expert_features(x)).flatten(1))
     model.double().reset_classifier(0)
     torch.testing.assert_close(model(x.double()), features.double(), rtol=1e-4, atol=1e-5)
     model.reset_classifier(3)
@@ -162,7 +162,7 @@ def test_one_expert_is_refused():
 @pytest.mark.parametrize("centers", ["learned", "ema"])
 def test_a_step_with_the_collapse_terms_lowers_the_loss(centers):
     images, model = SmallImages((8, 6, 5, 5), size=64), small_network()
-    collapse = ExpertsCollapseLoss(4, 192, 0.05, 0.5, centers, num_experts=3)
+    collapse = NeuralCollapseLoss(4, 192, 0.05, 0.5, centers, num_experts=3)
     task = ExpertsTask(model, "fc", 4, collapse=collapse).train()
     task.collapse_active = True
     rows, labels = images.images, torch.from_numpy(images.labels)

@@ -15,9 +15,10 @@ from experts_run import ROWS, all_rows, counts_of, cross_entropy, freeze_batch_s
 
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.losses.experts import class_temperatures, diversity
+from nc_hf.losses.precision import unit_rows
 from nc_hf.models.cifar_resnet import CifarResNet
 from nc_hf.models.classifier import check_tap
-from nc_hf.models.experts import ExpertsNetwork, unit
+from nc_hf.models.experts import ExpertsNetwork
 
 HERE = Path(__file__).parent
 
@@ -49,7 +50,7 @@ def test_tapped_features_are_what_the_logits_come_from():
     torch.testing.assert_close(features @ task.head.weight.T, logits)
     raw, again = task.collapse_features_and_logits(images)
     torch.testing.assert_close(again, logits)
-    torch.testing.assert_close(unit(raw.unflatten(1, (3, -1))).flatten(1), features)
+    torch.testing.assert_close(unit_rows(raw.unflatten(1, (3, -1))).flatten(1), features)
     output = task(images, labels)
     torch.testing.assert_close(output["loss"], cross_entropy(logits, labels).mean())
     assert set(task(images)) == {"logits"}
@@ -60,7 +61,7 @@ def test_terms_against_the_formula():
     images, labels = all_rows()
     output = task(images, labels)
     features = task.classifier.expert_features(images)
-    logits, weights = task.head.expert_logits(unit(features)), task.class_weights[labels]
+    logits, weights = task.head.expert_logits(unit_rows(features)), task.class_weights[labels]
     supervised = sum((weights * cross_entropy(z, labels)).sum() / weights.sum() for z in logits.unbind(1))
     torch.testing.assert_close(output["loss_supervised"], supervised)
     apart = diversity(logits, class_temperatures((12, 8, 6, 6))).mean()
@@ -76,7 +77,7 @@ def test_temperatures_are_one_before_classes_are_weighted():
     task = freeze_batch_statistics(small_task("ride_ema"))
     task.weighting_active = False
     images, labels = all_rows()
-    logits = task.head.expert_logits(unit(task.classifier.expert_features(images)))
+    logits = task.head.expert_logits(unit_rows(task.classifier.expert_features(images)))
     torch.testing.assert_close(task(images, labels)["loss_diversity"], -0.2 * diversity(logits).mean())
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from nc_hf.heads import simplex_directions
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.models.cifar_resnet import CifarResNet
 from nc_hf.models.classifier import FeatureTap, check_tap, find_head, logits_of
@@ -22,8 +23,7 @@ from nc_hf.models.normalized_heads import (
     check_head_for,
     equivalent_linear,
     set_head,
-    simplex_directions,
-    unit_rows,
+    unit_or_zero,
 )
 
 IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_dot_regression_brings_features_onto_the_simplex():
         optimizer.zero_grad()
         loss(head(features), labels).sum().backward()
         optimizer.step()
-    cosines = (unit_rows(features.detach()) * head.weight[labels]).sum(dim=1)
+    cosines = (unit_or_zero(features.detach()) * head.weight[labels]).sum(dim=1)
     torch.testing.assert_close(cosines, torch.ones(43), rtol=0, atol=0.02)  # the pull fades with the cube of the angle
 
 
@@ -275,6 +275,6 @@ def test_losses_refuse_heads_that_they_diverge_on():
 
 def test_rows_of_zeros_have_no_direction():
     rows = torch.zeros(2, 3, requires_grad=True)
-    unit_rows(rows).sum().backward()
+    unit_or_zero(rows).sum().backward()
     assert rows.grad.abs().max() == 0
-    assert unit_rows(torch.tensor([[3.0, 4.0]])).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)]]
+    assert unit_or_zero(torch.tensor([[3.0, 4.0]])).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)]]

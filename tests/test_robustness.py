@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nc_hf import ImageTransform, load_classifier, load_images, save_pretrained
-from nc_hf.robustness import NoisyImages, noise_settings, noise_table
+from nc_hf.robustness import NoisyImages, noise_table
 
 ROOT = Path(__file__).resolve().parents[1]
 STD = (0.2, 0.25, 0.5)
@@ -76,31 +77,49 @@ def test_an_expected_value(images):
 
 def test_an_image_set_with_noise_keeps_its_labels_and_gives_single_images(images):
     noisy = NoisyImages(images, 0.1)
-    assert len(noisy) == 24 and noisy.class_names == list("abcd")
-    np.testing.assert_array_equal(noisy.class_counts, images.class_counts)
+    assert len(noisy) == 24
     assert torch.equal(noisy[7]["pixel_values"], noisy.__getitems__([7])["pixel_values"][0])
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "recipes" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"std": ["0", "a lot"]}, "take numbers, such as 0 0.1 0.2: could not convert string to float: 'a lot'"),
-        ({"std": ["-0.1"]}, "must be 0 or more, got -0.1"),
-        ({"std": ["nan"]}, "must be 0 or more, got nan"),
-        ({"std": ["0.1"], "scale": "loud"}, "must be one of pixels, normalized, got 'loud'"),
-        ({"std": ["0.1"], "seed": "-1"}, "seed of the noise must be 0 or more, got -1"),
-        ({"std": None, "seed": "1"}, "need --noise-std and its standard deviations"),
+        (["--noise-std", "-0.1"], "must be 0 or more, got -0.1"),
+        (["--noise-std", "0", "nan"], "must be 0 or more, got nan"),
+        (["--noise-std", "0.1", "--noise-seed", "-1"], "seed of the noise must be 0 or more, got -1"),
     ],
 )
-def test_noise_that_means_nothing_is_refused(words, message):
+def test_noise_that_means_nothing_is_refused_before_a_model_is_read(script, words, message):
     with pytest.raises(ValueError, match=message):
-        noise_settings(**words)
+        script.main(["no/such/model", *words])
 
 
-def test_settings_from_a_command_line():
-    assert noise_settings(None) is None
-    assert noise_settings(["0", ".1"]) == {"std": [0.0, 0.1], "scale": "normalized", "seed": 0}
-    assert noise_settings(["1"], "pixels", "4") == {"std": [1.0], "scale": "pixels", "seed": 4}
+@pytest.mark.parametrize("words", [["--noise-std", "a lot"], ["--noise-std"], ["--noise-scale", "loud"], []])
+def test_a_command_line_that_cannot_be_read_is_refused(script, words, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["no/such/model", *words] if words else [])
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_an_unknown_scale_is_refused(images):
+    with pytest.raises(ValueError, match="must be one of pixels, normalized, got 'loud'"):
+        NoisyImages(images, 0.1, "loud")
+
+
+def test_settings_from_a_command_line(script):
+    options, overrides = script.parse(["m", "r.yaml", "--noise-std", "0", ".1", "--data.seed=3", "--seed", "-1"])
+    assert (options.noise_std, options.noise_scale, options.noise_seed) == ([0.0, 0.1], "normalized", 0)
+    assert overrides == ["r.yaml", "--data.seed=3", "--seed", "-1"]
+    options, _ = script.parse(["m", "--noise-std", "1", "--noise-scale=pixels", "--noise-seed", "4"])
+    assert (options.noise_std, options.noise_scale, options.noise_seed) == ([1.0], "pixels", 4)
 
 
 def test_the_table_has_a_column_a_deviation():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from small_images import COUNTS, SmallImages
 
-from nc_hf.models.experts import ExpertsNetwork, unit
+from nc_hf.losses.precision import unit_rows
+from nc_hf.models.experts import ExpertsNetwork
 from nc_hf.models.routing import evaluate_routing, routed, routing_loss, routing_targets, train_routing
 from nc_hf.sampling import EpochSampler
 
@@ -33,7 +34,7 @@ def test_routing_targets_by_hand():
 def test_routing_loss_by_hand():
     model = network()
     generator = torch.Generator().manual_seed(0)
-    features = unit(torch.randn(9, 3, 8, generator=generator))
+    features = unit_rows(torch.randn(9, 3, 8, generator=generator))
     logits, labels = torch.randn(9, 3, 4, generator=generator), torch.randint(0, 4, (9,), generator=generator)
     gates, total = model.routing, 0.0
     for i, e in np.ndindex(9, 2):
@@ -53,7 +54,7 @@ def disagreeing_network(num_experts: int = 3) -> ExpertsNetwork:
         model.fc.directions -= model.fc.directions.mean(dim=1, keepdim=True)
         for _ in range(30):
             model(images.images)  # statistics of the batch norms
-        features = unit(model.eval().expert_features(images.images))
+        features = unit_rows(model.eval().expert_features(images.images))
         logits = model.fc.expert_logits(features)
         scores = model.routing(0, features[:, 0], logits[:, 0])
         # Half of the images stop at once, none of them on the very edge.
@@ -118,7 +119,7 @@ def test_gates_take_the_steps_of_sgd_on_balanced_draws():
         for start in (0, 40, 80):
             batch = images.__getitems__(keys[start : start + 40])
             drawn += np.bincount(batch["labels"], minlength=4)
-            features = unit(again.expert_features(batch["pixel_values"])).detach()
+            features = unit_rows(again.expert_features(batch["pixel_values"])).detach()
             loss = routing_loss(gates, features, again.fc.expert_logits(features).detach(), batch["labels"])
             gradients = torch.autograd.grad(loss, list(gates.parameters()))
             for p, v, g in zip(gates.parameters(), speed, gradients, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nc_hf.losses import long_tail
-from nc_hf.losses.long_tail import at_least_float32
+from nc_hf.losses.precision import at_least_float32
 
 CountsOf = Literal["batch", "train", "none"]
 
@@ -140,6 +140,25 @@ SUPERVISED_LOSSES: dict[str, LossEntry] = {
 }
 
 
+def loss_entry(name: str, settings: Iterable[str] = ()) -> LossEntry:
+    """The loss of that name.
+
+    Args:
+        name: one of `SUPERVISED_LOSSES`.
+        settings: names that must be settings of it.
+
+    Raises:
+        ValueError: for an unknown loss or setting.
+    """
+    if name not in SUPERVISED_LOSSES:
+        raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {name!r}.")
+    entry = SUPERVISED_LOSSES[name]
+    if unknown := sorted(set(settings) - set(entry.settings)):
+        known = ", ".join(entry.settings) or "none"
+        raise ValueError(f"`loss: {name}` has no setting {', '.join(unknown)}. Its settings: {known}.")
+    return entry
+
+
 class SupervisedLoss(nn.Module):
     """A supervised loss with its settings and class counts.
 
@@ -164,12 +183,7 @@ class SupervisedLoss(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if name not in SUPERVISED_LOSSES:
-            raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {name!r}.")
-        entry = SUPERVISED_LOSSES[name]
-        if unknown := sorted(set(settings) - set(entry.settings)):
-            known = ", ".join(entry.settings) or "none"
-            raise ValueError(f"`loss: {name}` has no setting {', '.join(unknown)}. Its settings: {known}.")
+        entry = loss_entry(name, settings)
         counts = entry.counts[0] if counts is None else counts
         if counts not in entry.counts:
             raise ValueError(

@@ -3,10 +3,9 @@
     L_W = sum_k sum_{i: y_i = k} 1/n_k ||h_i - mu_k||^2                              (Eq. 13)
     L_B = -1/K sum_k min_{j != k} angle(mu_k - mu_C, mu_j - mu_C),  mu_C = mean mu   (Eq. 15)
 
-Where the paper's text and the code that gave its results differ, the defaults here follow the code:
-
-* n_k of L_W counts the images of class k in the batch, and the sum over classes is a mean over all K.
-* Centers can be parameters with a learning rate of their own (`centers="learned"`); the default are running means.
+Where the paper's text and the code that gave its results differ, L_W follows the code: n_k counts the images of class
+k in the batch, and the sum over classes is a mean over all K. Centers can be parameters with a learning rate of their
+own, as in that code (`centers="learned"`); the default are running means.
 
 Two things are better here than in that code. The angle is 2 atan2(||a - b||, ||a + b||), which has no clamp, so
 nearly coinciding centers are still pushed apart. And L_B needs O(K P) memory, never the K x K matrix of cosines.
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from nc_hf.losses.nearest_angle import NearestAngles, gram_norm
+from nc_hf.losses.precision import at_least_float32
 
 CenterMode = Literal["learned", "batch", "ema"]
 BetweenObjective = Literal["mean", "min", "gram"]
@@ -56,7 +56,7 @@ def within_class_loss(
         ValueError: if `reduction` is not one of the three.
     """
     _check_choice("reduction", reduction, Reduction.__args__)
-    features, centers = _at_least_float32(features), _at_least_float32(centers)
+    features, centers = at_least_float32(features), at_least_float32(centers)
     counts = torch.bincount(labels, minlength=len(centers)) if class_counts is None else class_counts
     squared_distances = (features - centers[labels]).square().sum(dim=1)
     if reduction == "images":
@@ -97,7 +97,7 @@ def between_class_loss(
         ValueError: if `objective` is not one of the three.
     """
     _check_choice("objective", objective, ("mean", "min", "gram"))
-    centers = _at_least_float32(centers)
+    centers = at_least_float32(centers)
     if present is None:
         present = torch.ones(len(centers), dtype=torch.bool, device=centers.device)
     count = present.sum()
@@ -140,10 +140,12 @@ class NeuralCollapseLoss(nn.Module):
             same for a ResNet and for the LayerNorm outputs of a transformer. Not with learned centers.
         momentum: of the running means.
         class_counts: (K,) training images per class; classes without any are left out of L_B and of the mean center.
+        num_experts: E, whose features stand side by side in P (RIDE). Each has terms of its own, which are averaged,
+            and a step on learned centers moves each expert's as far as it would if that expert were alone.
 
     Raises:
-        ValueError: for a negative weight, an unknown choice, K < 2, a momentum outside [0, 1), or learned centers
-            without L_W (L_B alone would never reach the features).
+        ValueError: for a negative weight, an unknown choice, K < 2, a momentum outside [0, 1), features that cannot be
+            split among the experts, or learned centers without L_W (L_B alone would never reach the features).
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class NeuralCollapseLoss(nn.Module):
         feature_scale: FeatureScale = "none",
         momentum: float = 0.9,
         class_counts: Tensor | None = None,
+        num_experts: int = 1,
     ) -> None:
         super().__init__()
         _check_choice("centers", centers, ("learned", "batch", "ema"))
@@ -182,7 +185,10 @@ class NeuralCollapseLoss(nn.Module):
                 'centers="learned" follow the features by steps in their own units: use feature_scale="none", or '
                 'centers="ema" or "batch".'
             )
+        if num_experts < 1 or feature_dim % num_experts:
+            raise ValueError(f"feature_dim={feature_dim} cannot be split among num_experts={num_experts}.")
         self.num_classes, self.feature_dim, self.mode = num_classes, feature_dim, centers
+        self.num_experts = num_experts
         self.feature_scale = feature_scale
         self.within_weight, self.between_weight, self.momentum = within_weight, between_weight, momentum
         self.between_objective, self.within_reduction = between_objective, within_reduction
@@ -238,20 +244,33 @@ class NeuralCollapseLoss(nn.Module):
         """
         assignments = [(labels, 1.0)] if partner_labels is None else [(labels, mixing), (partner_labels, 1 - mixing)]
         with torch.autocast(features.device.type, enabled=False):
-            features = _at_least_float32(features)
+            features = at_least_float32(features)
             pull, push, present = self._centers(features, assignments)
             terms = {}
             if self.within_weight:
-                terms["within"] = self._within_factor(features) * sum(
-                    weight
-                    * within_class_loss(features, y, pull, reduction=self.within_reduction, class_counts=class_counts)
-                    for y, weight in assignments
-                )
+                pairs = zip(self._by_expert(features), self._by_expert(pull), strict=True)
+                losses = [self._within(h, mu, assignments, class_counts) for h, mu in pairs]
+                terms["within"] = sum(losses) / self.num_experts
             if self.between_weight:
-                terms["between"] = self.between_weight * between_class_loss(
-                    push, objective=self.between_objective, present=present
-                )
+                options = {"objective": self.between_objective, "present": present}
+                losses = [between_class_loss(mu, **options) for mu in self._by_expert(push)]
+                terms["between"] = self.between_weight * sum(losses) / self.num_experts
         return terms
+
+    def _by_expert(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        return tensor.chunk(self.num_experts, dim=1)
+
+    def _within(
+        self,
+        features: Tensor,
+        centers: Tensor,
+        assignments: list[tuple[Tensor, float | Tensor]],
+        class_counts: Tensor | None,
+    ) -> Tensor:
+        """lambda_1 L_W of one expert."""
+        options = {"reduction": self.within_reduction, "class_counts": class_counts}
+        loss = sum(weight * within_class_loss(features, y, centers, **options) for y, weight in assignments)
+        return self._within_factor(features) * loss
 
     def _within_factor(self, features: Tensor) -> float | Tensor:
         """The factor of L_W; the same on all processes."""
@@ -268,7 +287,8 @@ class NeuralCollapseLoss(nn.Module):
             fixed = self.centers.detach()
             if self.frozen:
                 return fixed, fixed, self.seen
-            scaled = fixed + (self.centers - fixed) / self.within_weight
+            # The mean over experts must not slow their centers down.
+            scaled = fixed + self.num_experts * (self.centers - fixed) / self.within_weight
             return scaled, scaled, self.seen
         means, present = class_means(features, assignments, self.num_classes)
         if self.mode == "batch":
@@ -315,10 +335,6 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tensor
     return torch.cat(all_gather(tensor.contiguous()))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,14 +10,11 @@ All compute in float32 with autocast off; float64 stays float64. Values are thos
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-
-def unit_rows(vectors: Tensor) -> Tensor:
-    """Rows (..., D) scaled to length 1, in at least float32."""
-    return F.normalize(_at_least_float32(vectors), dim=-1)
+from nc_hf.heads import simplex_directions
+from nc_hf.losses.precision import at_least_float32, unit_rows
 
 
 def supervised_contrastive_loss(
@@ -76,7 +73,7 @@ def queue_contrastive_loss(
     Returns:
         `{"contrastive": scalar}`, and `"targets"`, not yet weighted, when there are targets.
     """
-    own = _at_least_float32(queries).mul(_at_least_float32(keys)).sum(dim=1, keepdim=True) / temperature
+    own = at_least_float32(queries).mul(at_least_float32(keys)).sum(dim=1, keepdim=True) / temperature
     fixed = torch.cat([queue] if targets is None else [queue, targets])  # a copy: the queue moves on in place
     logits = torch.cat([own, _similarities(queries, fixed, temperature)], dim=1)
     log_probabilities = logits.log_softmax(dim=1)
@@ -135,12 +132,9 @@ def uniform_targets(num_classes: int, dimension: int, seed: int, *, steps: int =
     Returns:
         (K, D) float32.
     """
-    generator = torch.Generator().manual_seed(seed)
     if num_classes <= dimension + 1:
-        # Rows of an orthonormal basis of what is orthogonal to (1, ..., 1) form equal angles.
-        columns = torch.randn(num_classes, num_classes - 1, generator=generator, dtype=torch.float64)
-        basis, _ = torch.linalg.qr(columns - columns.mean(dim=0))
-        return F.pad(unit_rows(basis), (0, dimension - num_classes + 1)).float()
+        return simplex_directions(num_classes, dimension, seed).float()
+    generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         directions = torch.randn(num_classes, dimension, generator=generator).requires_grad_()
         optimizer = torch.optim.Adam([directions], lr=1e-3)
@@ -163,7 +157,7 @@ def update_centroids(centroids: Tensor, vectors: Tensor, labels: Tensor, momentu
     Returns:
         (K, D); the rows of absent classes are unchanged.
     """
-    vectors = _at_least_float32(vectors)
+    vectors = at_least_float32(vectors)
     sums = torch.zeros_like(centroids, dtype=vectors.dtype).index_add(0, labels, vectors)
     present = torch.bincount(labels, minlength=len(centroids)) > 0
     blended = unit_rows(momentum * centroids + (1 - momentum) * unit_rows(sums))
@@ -187,8 +181,4 @@ def assign_targets(centroids: Tensor, targets: Tensor) -> Tensor:
 
 def _similarities(rows: Tensor, others: Tensor, temperature: float) -> Tensor:
     with torch.autocast(rows.device.type, enabled=False):
-        return _at_least_float32(rows) @ _at_least_float32(others).T / temperature
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        return at_least_float32(rows) @ at_least_float32(others).T / temperature

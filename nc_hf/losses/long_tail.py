@@ -13,12 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nc_hf.losses.precision import at_least_float32
+
 SmoothingForm = Literal["concave", "linear", "convex", "exp"]
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """float64 as it is, any other type as float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def balanced_softmax(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:

@@ -11,15 +11,11 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nc_hf.losses.precision import unit_rows
 from nc_hf.models.cifar_resnet import CIFAR_SETTINGS, BasicBlock, CifarResNet
 from nc_hf.models.routing import RoutingGates
 
 default_cfgs = {"resnet32_ride_cifar": CIFAR_SETTINGS}
-
-
-def unit(features: Tensor) -> Tensor:
-    """Vectors (..., P) of length 1, in at least float32."""
-    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
 
 class ExpertsHead(nn.Module):
@@ -40,7 +36,7 @@ class ExpertsHead(nn.Module):
     def __init__(self, num_experts: int, feature_dim: int, num_classes: int, scale: float = 30.0) -> None:
         super().__init__()
         self.num_experts, self.scale = num_experts, scale
-        self.directions = nn.Parameter(unit(torch.empty(num_experts, num_classes, feature_dim).uniform_(-1, 1)))
+        self.directions = nn.Parameter(unit_rows(torch.empty(num_experts, num_classes, feature_dim).uniform_(-1, 1)))
 
     def extra_repr(self) -> str:
         """The shape, for `print(model)`."""
@@ -50,12 +46,12 @@ class ExpertsHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(K, E P), computed: s / E times the unit directions."""
-        return self.scale / self.num_experts * unit(self.directions).transpose(0, 1).flatten(1)
+        return self.scale / self.num_experts * unit_rows(self.directions).transpose(0, 1).flatten(1)
 
     def expert_logits(self, features: Tensor) -> Tensor:
         """Unit features (B, E, P) to the logits of each expert (B, E, K), in at least float32."""
         with torch.autocast(features.device.type, enabled=False):
-            directions = unit(self.directions).to(features.dtype)
+            directions = unit_rows(self.directions).to(features.dtype)
             return self.scale * torch.einsum("bep,ekp->bek", features, directions)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -105,9 +101,9 @@ class Experts(nn.Module):
 
     def expert_outputs(self, number: int, shared: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features (B, P) and logits (B, K) of one expert, from `shared_features`."""
-        features = unit(self._pool(self.experts[number](shared)))
+        features = unit_rows(self._pool(self.experts[number](shared)))
         with torch.autocast(features.device.type, enabled=False):
-            return features, self.scale * F.linear(features, unit(self.fc.directions[number]).to(features.dtype))
+            return features, self.scale * F.linear(features, unit_rows(self.fc.directions[number]).to(features.dtype))
 
     def expert_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the pooled features of each expert (B, E, P), not normalized."""
@@ -115,7 +111,7 @@ class Experts(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Feature maps to logits (B, K), or to the head's input (B, E P)."""
-        x = unit(self._pool(x).unflatten(1, (self.num_experts, -1))).flatten(1)
+        x = unit_rows(self._pool(x).unflatten(1, (self.num_experts, -1))).flatten(1)
         return x if pre_logits else self.fc(x)
 
     def _pool(self, x: Tensor) -> Tensor:

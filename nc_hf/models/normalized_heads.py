@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nc_hf.heads import LinearHead
+from nc_hf.heads import LinearHead, simplex_directions
 from nc_hf.losses.classification import SupervisedLoss
-from nc_hf.losses.long_tail import at_least_float32
+from nc_hf.losses.precision import at_least_float32
 
 HeadKind = Literal["linear", "cosine", "etf"]
 
 
-def unit_rows(tensor: Tensor) -> Tensor:
+def unit_or_zero(tensor: Tensor) -> Tensor:
     """Rows (N, P) of length 1; a row of zeros has no direction, stays zero and gets no gradient."""
     norms = tensor.norm(dim=1, keepdim=True)
     return torch.where(norms > 0, tensor / norms.clamp(min=1e-12), 0.0)
@@ -49,7 +49,7 @@ class CosineHead(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the directions anew."""
-        self.weight.copy_(unit_rows(self.weight.uniform_(-1, 1)))
+        self.weight.copy_(unit_or_zero(self.weight.uniform_(-1, 1)))
 
     def extra_repr(self) -> str:
         """The shape, for `print(model)`."""
@@ -59,7 +59,7 @@ class CosineHead(nn.Module):
         """Features (B, P) to logits (B, K) in [-s, s], in at least float32."""
         with torch.autocast(features.device.type, enabled=False):
             features = at_least_float32(features)
-            return self.scale * F.linear(unit_rows(features), unit_rows(self.weight.to(features.dtype)))
+            return self.scale * F.linear(unit_or_zero(features), unit_or_zero(self.weight.to(features.dtype)))
 
 
 class ETFHead(nn.Module):
@@ -99,38 +99,13 @@ class ETFHead(nn.Module):
         """Features (B, P) after the norm and of length 1, in at least float32."""
         if self.norm is not None:
             features = self.norm(features.to(self.norm.weight.dtype))
-        return unit_rows(at_least_float32(features))
+        return unit_or_zero(at_least_float32(features))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, P) to logits (B, K) in [-1, 1], in at least float32."""
         with torch.autocast(features.device.type, enabled=False):
             features = self.unit_features(features)
             return F.linear(features, self.weight.to(features.dtype))
-
-
-def simplex_directions(num_classes: int, feature_dim: int, seed: int = 0) -> Tensor:
-    """M^T, (K, P) float64, with M^T M = K/(K-1) (I - 11^T / K) (Definition 1 of the paper) in a random rotation.
-
-    Args:
-        num_classes: K, at least 2.
-        feature_dim: P, at least K - 1.
-        seed: of the rotation.
-
-    Raises:
-        ValueError: where there is no such simplex.
-    """
-    if num_classes < 2 or feature_dim < num_classes - 1:
-        raise ValueError(
-            f"there is no simplex of {num_classes} directions in {feature_dim} dimensions: it takes 2 or more classes "
-            f"and features at least {num_classes - 1} wide. Take a wider network, or a linear or cosine head."
-        )
-    ones_first = torch.eye(num_classes, dtype=torch.float64)
-    ones_first[:, 0] = 1
-    across_ones = torch.linalg.qr(ones_first)[0][:, 1:]  # (K, K - 1), orthonormal and orthogonal to the ones
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(feature_dim, num_classes - 1, dtype=torch.float64, generator=generator)
-    basis, _ = torch.linalg.qr(drawn)
-    return (num_classes / (num_classes - 1)) ** 0.5 * across_ones @ basis.T
 
 
 HEADS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -192,7 +167,7 @@ def equivalent_linear(head: nn.Module) -> LinearHead:
     weight = head.weight.detach().flatten(1)
     bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
     if isinstance(head, CosineHead):
-        weight = head.scale * unit_rows(weight)
+        weight = head.scale * unit_or_zero(weight)
     if isinstance(head, ETFHead) and head.norm is not None:
         norm = head.norm
         factor = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
