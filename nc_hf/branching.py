@@ -19,7 +19,7 @@ COLLAPSE = (
 )  # fmt: skip
 
 
-def check_branch(recipe: Recipe, checkpoint: str | Path) -> float:
+def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
     """Make sure that stage one of a recipe may go on from a checkpoint of another run: so far the two did the same.
 
     Re-weighting and collapse terms that start later, or never, may differ: CE-DRW can go on from CE, and CE from the
@@ -29,9 +29,6 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> float:
     Args:
         recipe: of the run to start.
         checkpoint: `<run>/checkpoints/stage1/checkpoint-<step>`, of a run that left its `recipe.yaml` in `<run>`.
-
-    Returns:
-        The epoch of the checkpoint.
 
     Raises:
         FileNotFoundError: when the checkpoint, or the recipe of its run, is not there.
@@ -55,7 +52,6 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> float:
             f"({', '.join(differing) or 'model, data or seed'}). Only what starts later may differ; take an "
             "earlier checkpoint, or train from the start."
         )
-    return epoch
 
 
 def _until(recipe: Recipe, epoch: float) -> Recipe:

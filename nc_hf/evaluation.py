@@ -39,11 +39,20 @@ def evaluate_classifier(
     Returns:
         `accuracy`, `class_mean_accuracy`, `accuracy_many|medium|few` (an empty group is absent),
         `per_class_accuracy`, `ece`, `mce`, and the size and speed of the pass.
+
+    Raises:
+        ValueError: for a data set whose images per class are not known.
+        RuntimeError: when images were left out or seen twice.
     """
+    if (expected := counts_of(dataset)) is None:
+        raise ValueError(
+            f"the images per class of {type(dataset).__name__} are not known. Give it an attribute `class_counts` of "
+            "one integer per class."
+        )
     started = time.perf_counter()
     batches = [(logits.cpu(), labels.cpu()) for _, logits, labels in trainer.iterate_features(dataset)]
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
-    if (seen := np.bincount(labels, minlength=len(class_counts))).tolist() != list(counts_of(dataset)):
+    if (seen := np.bincount(labels, minlength=len(class_counts))).tolist() != list(expected):
         raise RuntimeError(f"the evaluation saw {seen.sum()} images of {len(dataset)}, or some of them twice.")
     metrics = long_tail_accuracy(
         logits.argmax(axis=1), labels, class_counts, few_below=few_below, many_above=many_above

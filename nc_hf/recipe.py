@@ -101,7 +101,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(dataclasses.asdict(recipe))
 
 
-def recipe_digest(recipe: Recipe, data_checksum: str | None = None) -> str:
+def recipe_digest(recipe: Recipe, data_checksum: str | None = None, model_checksum: str | None = None) -> str:
     """16 hexadecimal digits that change with the settings that decide a run's weights, and with no others.
 
     They cover the data's identity, the model, both stages and the seed, but no folder, nothing of the Hub, nothing of
@@ -112,6 +112,7 @@ def recipe_digest(recipe: Recipe, data_checksum: str | None = None) -> str:
     Args:
         recipe: of the run.
         data_checksum: of the training images, where known.
+        model_checksum: of the weights to start from, where they lie in a folder, whose name says little.
     """
     data, model = _changed(recipe.data, DataConfig()), _changed(recipe.model, ModelConfig())
     for name in ("data_dir", "cache_dir", "title"):
@@ -119,6 +120,8 @@ def recipe_digest(recipe: Recipe, data_checksum: str | None = None) -> str:
     told: dict[str, Any] = {"version": DIGEST_VERSION, "seed": recipe.seed, "data_checksum": data_checksum}
     told["data"] = data | {"dataset": _without_folder(recipe.data.dataset)}
     told["model"] = model | {"name": _without_folder(recipe.model.name)}
+    if model_checksum is not None:
+        told["model"]["checksum"] = model_checksum
     for stage in STAGES:
         settings, defaults = getattr(recipe, stage), defaults_of(stage)
         told[stage] = settings and {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nc_hf.data.provenance import PROVENANCE
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
-from nc_hf.hub import load_heads
+from nc_hf.finished_run import class_means_of, read_run
 from nc_hf.model_card import write_card
 from nc_hf.recipe import Recipe, dump_recipe, load_recipe, recipe_digest
 from nc_hf.results import read_results, write_results
@@ -45,29 +45,28 @@ def build_release(
         **metadata: entries of the card's metadata, such as `license`.
 
     Raises:
-        FileNotFoundError: for a run that is not finished.
+        FileNotFoundError: for a run, twin or seed that is not finished.
         ValueError: for a figure that is not finite, or seeds that are of another recipe or were given twice.
     """
     run = Path(run)
     folder = run / "release" if folder is None else Path(folder)
-    stage = next((run / name for name in ("stage2", "stage1") if (run / name).is_dir()), None)
-    results = read_results(run / "results.json")
-    if stage is None or not results.get("heads"):
-        raise FileNotFoundError(f"{run} has no results.json and saved stage. Let the run finish first.")
+    # All of it is read, and refused where it has to be, before what is there is touched.
+    (results, recipe), means = read_run(run), class_means_of(run)
+    stage = next(run / name for name in ("stage2", "stage1") if (run / name).is_dir())
     others = _results_of_seeds(run, results, seeds)
+    of_twin = None if twin is None else (read_run(Path(twin))[0], class_means_of(Path(twin)))
     for old in ("twin.json", "seeds", "figures", ".eval_results"):
         shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(missing_ok=True)
     shutil.copytree(stage, folder, dirs_exist_ok=True)
     write_results(folder / "results.json", results)
-    recipe = _without_paths(load_recipe(run / "recipe.yaml"))
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    if twin is not None:
-        write_results(folder / "twin.json", read_results(Path(twin) / "results.json"))
+    (folder / "recipe.yaml").write_text(dump_recipe(_without_paths(recipe)))
+    if of_twin is not None:
+        write_results(folder / "twin.json", of_twin[0])
     for seed, other in others.items():
         (folder / "seeds").mkdir(exist_ok=True)
         write_results(folder / "seeds" / f"seed{seed}.json", other)
     _write_evaluation(folder, results)
-    _draw_figures(folder, results, _class_means(run), None if twin is None else _class_means(Path(twin)))
+    _draw_figures(folder, results, means, None if of_twin is None else of_twin[1])
     write_card(folder, repo_id, **metadata)
     return folder
 
@@ -76,7 +75,8 @@ def _results_of_seeds(run: Path, results: dict[str, Any], seeds: Sequence[str | 
     """Results by seed of further runs, which must differ from this one in the seed alone."""
     recipe, others = _without_paths(load_recipe(run / "recipe.yaml")), {results["seed"]: results}
     for other in map(Path, seeds):
-        theirs, found = _without_paths(load_recipe(other / "recipe.yaml")), read_results(other / "results.json")
+        found, theirs = read_run(other)
+        theirs = _without_paths(theirs)
         if recipe_digest(dataclasses.replace(theirs, seed=recipe.seed)) != recipe_digest(recipe):
             sections = [name for name in SECTIONS if getattr(theirs, name) != getattr(recipe, name)]
             raise ValueError(
@@ -133,12 +133,6 @@ def _draw_figures(
 
 def _method(results: dict[str, Any]) -> str:
     return results.get("methods", {}).get("base") or "features"
-
-
-def _class_means(run: Path) -> Tensor | None:
-    """(K, P) of the backbone's features, which stage two leaves as they are."""
-    stage = next(run / name for name in ("stage1", "stage2") if (run / name).is_dir())
-    return load_heads(stage)[1].get("class_means")
 
 
 def _without_paths(recipe: Recipe) -> Recipe:

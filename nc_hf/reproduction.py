@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nc_hf.finished_run import class_means_of, read_run
 from nc_hf.methods_table import METHODS_TABLE
 from nc_hf.paper_figures import FIGURES
 from nc_hf.paper_tables import TABLES as PAPER_TABLES
@@ -142,26 +143,6 @@ def matching_precision(recipe: Recipe, results: dict[str, Any]) -> str | None:
     return None
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], Recipe]:
-    """Results and recipe of a finished run.
-
-    Args:
-        run: folder of recipes/train.py, or of a release.
-
-    Raises:
-        FileNotFoundError: for a run without results, or without those of a head that its recipe has.
-    """
-    results = read_results(run / "results.json")
-    if not results:
-        raise FileNotFoundError(f"{run} has no results.json. Let the run finish first.")
-    recipe = load_recipe(run / "recipe.yaml")
-    heads = ["base"] if recipe.stage1 is not None else []
-    heads += recipe.stage2["heads"] if recipe.stage2 is not None else []
-    if missing := [head for head in heads if head not in results["heads"]]:
-        raise FileNotFoundError(f"{run} has no results of its head {', '.join(missing)}. Let the run finish first.")
-    return results, recipe
-
-
 def collect_run(run: Path, target: Path) -> None:
     """Copy what a finished run measured to the place of its results: no weights, no paths.
 
@@ -175,17 +156,11 @@ def collect_run(run: Path, target: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from nc_hf.hub import load_heads
-
-    (results, _), earlier = read_run(run), read_results(target)
-    stages = [folder for folder in (run / "stage1", run / "stage2", run) if (folder / "config.json").is_file()]
-    if not stages:
-        raise FileNotFoundError(f"{run} has no saved stage, in which the class means are. Collect the whole run.")
+    (results, _), earlier, means = read_run(run), read_results(target), class_means_of(run)
     same = earlier.get("recipe_digest") == results["recipe_digest"]
     if noise := read_results(run / "noise.json").get("noise", earlier.get("noise") if same else None):
         results["noise"] = noise
     target.parent.mkdir(parents=True, exist_ok=True)
-    means = load_heads(stages[0])[1].get(MEANS)
     if means is not None:
         save_file({MEANS: means.float()}, target.with_suffix(".safetensors"))
         shutil.copymode(run / "results.json", target.with_suffix(".safetensors"))

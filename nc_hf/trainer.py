@@ -204,7 +204,7 @@ class NCTrainer(SavingTrainer):
     # ---- Data, optimizer, schedule ----
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        dataset = train_dataset or self.train_dataset
+        dataset = self.train_dataset if train_dataset is None else train_dataset
         labels = labels_of(dataset, self.label_column)
         if labels is None:
             if self.args.sampler != "instance":
@@ -317,12 +317,14 @@ class NCTrainer(SavingTrainer):
         task, was_training = self.task, self.task.training
         forward = task.collapse_features_and_logits if of_collapse else task.features_and_logits
         task.eval()
-        for batch in self.get_eval_dataloader(dataset):
-            batch = self._prepare_inputs(batch)
-            with torch.no_grad(), self.accelerator.autocast():
-                features, logits = forward(batch["pixel_values"])
-            yield self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
-        task.train(was_training)
+        try:
+            for batch in self.get_eval_dataloader(dataset):
+                batch = self._prepare_inputs(batch)
+                with torch.no_grad(), self.accelerator.autocast():
+                    features, logits = forward(batch["pixel_values"])
+                yield self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
+        finally:  # also when the caller stops early
+            task.train(was_training)
 
     def class_means(self, dataset: Dataset, *, of_collapse: bool = False) -> tuple[Tensor, Tensor]:
         """Class means (K, P) in float64, zero for absent classes, and class counts (K,), as `iterate_features`."""

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from nc_hf.losses.classification import SUPERVISED_LOSSES
+from nc_hf.losses.classification import SUPERVISED_LOSSES, loss_entry
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
 from nc_hf.rebalancing import ClassWeighting
 from nc_hf.sampling import NAMES as SAMPLERS
@@ -69,8 +69,9 @@ class NCTrainingArguments(TrainingArguments):
     center_init: Literal["auto", "normal", "data"] = field(
         default="auto",
         metadata={
-            "help": "Start of learned centers: standard normal, or class means of one pass over the training images. "
-            "auto: normal when start_epoch is 0, as the authors; else data."
+            "help": "Start of the centers: class means of one pass over the training images (data), or without it "
+            "(normal): learned ones are then drawn, running means begin with the first batches. auto: normal when "
+            "start_epoch is 0, as the authors; else data."
         },
     )
     between_objective: BetweenObjective = field(
@@ -93,7 +94,8 @@ class NCTrainingArguments(TrainingArguments):
     replicate_leak: bool = field(
         default=False,
         metadata={
-            "help": "Before start_epoch keep both terms against random frozen centers, as the authors' code did."
+            "help": "Before start_epoch keep both terms against random frozen centers, as the authors' code did "
+            "(centers: learned)."
         },
     )
 
@@ -197,11 +199,7 @@ class NCTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
-        if self.loss not in SUPERVISED_LOSSES:
-            raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {self.loss!r}.")
-        if unknown := sorted(set(self.loss_settings) - set(SUPERVISED_LOSSES[self.loss].settings)):
-            known = ", ".join(SUPERVISED_LOSSES[self.loss].settings) or "none"
-            raise ValueError(f"`loss: {self.loss}` has no setting {', '.join(unknown)}. Its settings: {known}.")
+        loss_entry(self.loss, self.loss_settings)
         self._check_objective()
         self._check_corrections()
         self._check_schedule()
@@ -234,6 +232,11 @@ class NCTrainingArguments(TrainingArguments):
             )
 
     def _check_centers(self) -> None:
+        if self.replicate_leak and self.centers != "learned":
+            raise ValueError(
+                f"`replicate_leak` holds learned centers where they were drawn, and `centers` is {self.centers}. "
+                "Set centers: learned, or leave replicate_leak out."
+            )
         if self.within_reduction == "images" and self.within_counts == "train":
             raise ValueError(
                 "`within_reduction: images` is a mean over the images of an update, which `within_counts: train` "

@@ -24,6 +24,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HE
 def main(arguments: list[str]) -> None:
     """Run every network with both trainers and all seeds, and write what came out."""
     options = parse(arguments)
+    settings = {name: value for name, value in vars(options).items() if name not in ("out", "data_dir", "threads")}
+    runs = earlier_runs(options.out, settings)
     import torch
 
     from nc_hf import load_splits
@@ -32,17 +34,33 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
     splits = load_splits(options.dataset, data_dir=options.data_dir)
     train, test = (photographs(splits[name], options.image_size, name == "train") for name in ("train", "test"))
-    runs = json.loads(options.out.read_text())["runs"] if options.out.is_file() else []
     for name in options.models:
         for seed in range(options.seeds):
             for trainer in ("Trainer", "NCTrainer"):
                 key = {"model": name, "trainer": trainer, "seed": seed}
                 if not any(key.items() <= run.items() for run in runs):
                     runs.append(key | fine_tune(trainer, name, seed, train, test, options))
-                    settings = {k: v for k, v in vars(options).items() if k not in ("out", "data_dir", "threads")}
                     options.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
                     print(json.dumps(runs[-1]), flush=True)
     print(table(runs))
+
+
+def earlier_runs(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a file has already; further networks and seeds join them, all else must be as it was.
+
+    Raises:
+        SystemExit: when they had other settings.
+    """
+    if not path.is_file():
+        return []
+    earlier = json.loads(path.read_text())
+    theirs = earlier["settings"]
+    differing = [f"{name} was {theirs.get(name)!r}" for name in settings if settings[name] != theirs.get(name)]
+    if differing := [text for text in differing if not text.startswith(("models ", "seeds "))]:
+        raise SystemExit(f"{path} has runs of other settings: {', '.join(differing)}. Give another --out.")
+    settings["models"] = list(dict.fromkeys([*theirs["models"], *settings["models"]]))
+    settings["seeds"] = max(theirs["seeds"], settings["seeds"])
+    return earlier["runs"]
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

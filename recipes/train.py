@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
 
     from nc_hf.branching import check_branch
     from nc_hf.image_sets import read_splits
+    from nc_hf.models.saved_folder import weights_checksum
     from nc_hf.publishing import PushError, check_access
     from nc_hf.results import read_results, results_table
 
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     if branch and not (results or started):  # later the run goes on from its own, and the other one may be gone
         check_branch(recipe, branch)
     splits = read_splits(recipe)
-    digest = recipe_digest(recipe, splits["train"].info.description)
+    digest = recipe_digest(recipe, splits["train"].info.description, weights_checksum(recipe.model.name))
     known = results.get("recipe_digest") or ((run / "digest").read_text() if started else None)
     if known not in (None, digest):
         raise SystemExit(
@@ -171,8 +172,7 @@ def start_results(recipe: Any, images: dict[str, Any], digest: str, heads: list[
     data, train = recipe.data, images["train"]
     name = data.title or public_name(data.dataset)
     dataset = {"name": name, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
-    dataset |= {"description": train.description, "few_below": recipe.evaluation.few_below}
-    dataset["many_above"] = recipe.evaluation.many_above
+    dataset |= {"description": train.description, **recipe.evaluation.bounds}
     # Figures on other images than the whole training and test set are not the paper's.
     dataset |= {name: value for name in ("test_split", "validation_fraction") if (value := getattr(data, name))}
     return {
@@ -241,7 +241,7 @@ def train_stage(
     if resumed:
         speed.pop("train_seconds", None)
     if stage == "stage1" and (branch := args.resume_from_checkpoint):
-        wall["branched_at_epoch"] = int(branch.rpartition("-")[2]) / trainer.updates_per_epoch
+        wall["branched_at_epoch"] = int(Path(branch).name.rpartition("-")[2]) / trainer.updates_per_epoch
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return trainer, wall | speed | {"batch": batch, "processes": args.world_size}
 
@@ -252,8 +252,7 @@ def validation_metrics(recipe: Any, images: dict[str, Any]) -> Any:
 
     return compute_metrics_for(
         images["train"].class_counts,
-        few_below=recipe.evaluation.few_below,
-        many_above=recipe.evaluation.many_above,
+        **recipe.evaluation.bounds,
         test_counts=images["validation"].class_counts,
     )
 
@@ -276,8 +275,7 @@ def report_stage(
             trainer,
             images[split],
             train.class_counts,
-            few_below=evaluation.few_below,
-            many_above=evaluation.many_above,
+            **evaluation.bounds,
         )
         if evaluation.geometry:
             results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
@@ -307,9 +305,8 @@ def route_experts(trainer: Any, recipe: Any, test: Any, train: Any) -> dict[str,
     from nc_hf.models.routing import evaluate_routing, train_routing
 
     train_routing(trainer.classifier, train, seed=recipe.seed)
-    bounds = {"few_below": recipe.evaluation.few_below, "many_above": recipe.evaluation.many_above}
     batches = DataLoader(test, recipe.evaluation.batch_size, collate_fn=test.collate)  # all of them on each process
-    return evaluate_routing(trainer.classifier, batches, train.class_counts, **bounds)
+    return evaluate_routing(trainer.classifier, batches, train.class_counts, **recipe.evaluation.bounds)
 
 
 if __name__ == "__main__":

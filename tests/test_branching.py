@@ -32,10 +32,10 @@ def saved(folder: Path, epoch: float, *overrides: str) -> Path:
 @pytest.mark.parametrize("theirs", [(), WEIGHTED, COLLAPSE])
 def test_what_starts_later_may_differ(tmp_path: Path, ours: tuple, theirs: tuple) -> None:
     recipe = load_recipe(None, [*PLAIN, *ours, "--stage2.num_train_epochs", "3", "--data.data_dir", "elsewhere"])
-    assert check_branch(recipe, saved(tmp_path / "early", 5.0, *theirs)) == 5
+    check_branch(recipe, saved(tmp_path / "early", 5.0, *theirs))
     late = saved(tmp_path / "late", 6.0, *theirs)
     if ours == theirs:
-        assert check_branch(recipe, late) == 6
+        check_branch(recipe, late)
     else:
         with pytest.raises(ValueError, match="was trained otherwise"):
             check_branch(recipe, late)

@@ -53,3 +53,10 @@ def test_both_trainers_are_compared_and_nothing_is_run_twice(script, photographs
     assert shown.count("| test_resnet |") == 2
     monkeypatch.setattr(script, "fine_tune", lambda *args: pytest.fail("ran again"))
     script.main(command)
+    with pytest.raises(SystemExit, match="runs of other settings: epochs was 1.0. Give another --out"):
+        script.main([*command, "--epochs", "3"])
+    monkeypatch.setattr(script, "fine_tune", lambda *args: {"class_mean_accuracy": 0.5, "accuracy": 0.5})
+    script.main([*command, "--seeds", "1", "--models", "resnet10t"])  # another network joins
+    joined = json.loads(out.read_text())
+    assert joined["runs"][:4] == stored["runs"] and len(joined["runs"]) == 6
+    assert joined["settings"] == stored["settings"] | {"models": ["test_resnet", "resnet10t"]}

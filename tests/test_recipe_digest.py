@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from nc_hf.models.saved_folder import weights_checksum
 from nc_hf.recipe import (
     HubConfig,
     ModelConfig,
@@ -168,6 +171,20 @@ def test_digest_of_data() -> None:
     one, other = digest("--data.dataset", "/home/a/birds"), digest("--data.dataset", "../b/birds")
     assert one == other != digest("--data.dataset", "/home/a/fish")
     assert len(one) == 16 and set(one) <= set("0123456789abcdef")
+
+
+def test_digest_of_weights_that_lie_in_folders_of_one_name(tmp_path: Path) -> None:
+    checksums = []
+    for parent, value in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        (tmp_path / parent / "stage1").mkdir(parents=True)
+        save_file({"weight": torch.full((2,), value)}, tmp_path / parent / "stage1" / "model.safetensors")
+        checksums.append(weights_checksum(str(tmp_path / parent / "stage1")))
+    assert checksums[0] == checksums[2] != checksums[1]
+    recipe = load_recipe(None, ["--model.name", str(tmp_path / "a" / "stage1")])
+    a, b, c = (recipe_digest(recipe, None, checksum) for checksum in checksums)
+    assert a == c != b
+    assert weights_checksum("resnet18") is None and weights_checksum("user/name") is None
+    assert recipe_digest(recipe, None, None) == recipe_digest(recipe)
 
 
 def test_a_new_setting_leaves_old_digests_alone() -> None:

@@ -181,6 +181,23 @@ def test_an_unfinished_run_is_refused(tmp_path):
     assert not (run / "release").exists()
 
 
+@pytest.mark.parametrize("other", ["twin", "seeds"])
+def test_an_unfinished_twin_or_seed_is_refused_before_the_folder_is_touched(tmp_path, other):
+    run, unfinished = finished_run(tmp_path / "run"), finished_run(tmp_path / "other", seed=1)
+    folder = build_release(run)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (unfinished / "results.json").unlink()
+    with pytest.raises(FileNotFoundError, match="other has no results.json. Let the run finish first"):
+        build_release(run, **{other: unfinished if other == "twin" else [unfinished]})
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_release_of_a_run_can_be_its_twin(tmp_path):
+    twin = build_release(finished_run(tmp_path / "plain", method="CE-DRW"))
+    folder = build_release(finished_run(tmp_path / "run"), twin=twin)
+    assert json.loads((folder / "twin.json").read_text())["methods"]["base"] == "CE-DRW"
+
+
 def test_the_revision_is_that_of_a_repository_that_keeps_the_file(tmp_path):
     """A package in `.venv` of somebody's own repository has no revision of its own."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]

@@ -34,6 +34,7 @@ def images() -> SmallImages:
         ({"centers": "learned", "optim": "adamw_torch"}, "trained by plain SGD.*use `centers: ema`"),
         ({"centers": "learned", "feature_scale": "rms"}, "set feature_scale: none, and within_weight as in the paper"),
         ({"centers": "learned", "within_weight": 0}, "needs within_weight > 0"),
+        ({"start_epoch": 0.5, "replicate_leak": True}, "`centers` is ema. Set centers: learned"),
         ({"lr_milestones": [1], "lr_cosine": True}, "two schedules"),
         ({"warmup_epochs": 2}, "use `warmup_steps`"),
     ],

@@ -7,6 +7,7 @@ wrongly looks like any other, and an architecture may be as deep and wide as its
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import logging
@@ -76,6 +77,17 @@ def local_folder(name_or_path: str, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"{name_or_path!r} is no folder here, and not readable on the Hub: {error}") from error
     logger.info("%s at commit %s", repo_id, folder.name)
     return folder
+
+
+def weights_checksum(name_or_path: str) -> str | None:
+    """SHA-256 of the weights in a folder of this machine; None for a name of timm or a Hub id."""
+    folder = Path(name_or_path.removeprefix("local-dir:")).expanduser()
+    digest = hashlib.sha256()
+    paths = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if paths else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
