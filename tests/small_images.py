@@ -1,8 +1,11 @@
-"""A small separable image set with the interface of our own image sets, for tests of training."""
+"""Small images for tests: a separable set with the interface of our own image sets, and a tree of files."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -58,3 +61,22 @@ def network_without_batch_statistics() -> nn.Module:
     """The same weights each time."""
     torch.manual_seed(0)
     return NoBatchStatistics()
+
+
+def small_pixels(count: int, seed: int = 0) -> np.ndarray:
+    """(count, 32, 32, 3) uint8, noise."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def image_tree(root: Path, counts: list[int], words: tuple[str, ...] = ("train", "val", "test")) -> None:
+    """An ImageNet-shaped tree: folders of WordNet ids, JPEG files, and list files beside them."""
+    for word in words:
+        lines, folder = [], "train" if word == "train" else "val"
+        for k, count in enumerate(counts if word == "train" else [2] * len(counts)):
+            name = f"n{10_000_000 + k}"
+            (root / folder / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                path = f"{folder}/{name}/{word}_{i}.JPEG"
+                PIL.Image.fromarray(small_pixels(1, 100 * k + i)[0]).save(root / path)
+                lines.append(f"{path} {k}\n")
+        (root / f"ImageNet_LT_{word}.txt").write_text("".join(lines))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_images import SmallImages, network_without_batch_statistics
+from small_images import SmallImages
+from small_runs import network
 
 from nc_hf import CollapseCallback, NCTrainer, NCTrainingArguments
 from nc_hf.evaluation import geometry_of
@@ -15,7 +16,7 @@ def train(folder, *, measured: bool) -> NCTrainer:
         str(folder), num_train_epochs=5, per_device_train_batch_size=36, mixup_alpha=0.2, precision="fp32",
         logging_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    trainer = NCTrainer(network_without_batch_statistics(), args, train_dataset=SmallImages(), head="head")
+    trainer = NCTrainer(network(), args, train_dataset=SmallImages())  # whose batch statistics must not move either
     if measured:
         trainer.add_callback(CollapseCallback(trainer, every=2))
     trainer.train()

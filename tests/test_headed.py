@@ -61,7 +61,7 @@ def test_another_number_of_classes_keeps_the_kind_of_head(tmp_path, kind):
 @pytest.mark.parametrize(("kind", "loss"), [("cosine", "ldam"), ("etf", "dot_regression")])
 @pytest.mark.parametrize("terms", [0.0, 0.1])
 def test_both_stages_train(tmp_path, kind, loss, terms):
-    images = SmallImages(size=32)
+    images = SmallImages()
     model = headed(kind)
     settings = {"output_dir": str(tmp_path), "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     settings |= {"num_train_epochs": 1, "per_device_train_batch_size": 36, "precision": "fp32"}

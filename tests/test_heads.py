@@ -66,7 +66,9 @@ def test_scaling_is_the_authors(golden):
         features, labels = features_of([9, 9], 3)
         head = LinearHead(torch.randn(len(scale), 3).double(), torch.randn(len(scale)).double())
         torch.testing.assert_close(scaled(head, scale).logits(features), scale * head.logits(features))
-        torch.testing.assert_close(scale * logits, tensor(case["outputs"]["scaled"]))
+        # With features that are the logits themselves the head is the identity.
+        whole = LinearHead(torch.eye(len(scale)).double(), torch.zeros(len(scale)).double())
+        torch.testing.assert_close(scaled(whole, scale).logits(logits), tensor(case["outputs"]["scaled"]))
 
 
 def test_adjustment_after_training_is_the_authors(golden):

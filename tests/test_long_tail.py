@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 import numpy as np
@@ -163,12 +162,8 @@ def test_subset_keeps_columns_and_decodes_nothing() -> None:
         subset[0]  # the images really cannot be decoded
 
 
-def test_fifty_thousand_images_in_a_moment() -> None:
-    dataset = labelled(np.tile(np.arange(10), 5000), 10)
-    start = time.perf_counter()
-    subset = make_long_tailed(dataset, 100)
-    assert time.perf_counter() - start < 1  # decoding 50,000 images takes 5 to 10 seconds
-    assert len(subset) == 12_406
+def test_the_official_size_without_decoding_an_image() -> None:
+    assert len(make_long_tailed(labelled(np.tile(np.arange(10), 5000), 10), 100)) == 12_406  # images are no images
 
 
 def test_absent_classes_count_zero() -> None:

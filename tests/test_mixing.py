@@ -28,12 +28,9 @@ def test_draws_are_functions_of_the_seed(draw):
 def test_mixup_equals_the_authors(golden):
     for case in golden("mixup_criterion"):
         inputs, share = case["inputs"], case["settings"]["lam"]
-        images, logits = (torch.tensor(inputs[name], dtype=torch.float64) for name in ("x", "logits"))
-        labels, partners = torch.tensor(inputs["y"]), torch.tensor(inputs["perm"])
+        images, partners = torch.tensor(inputs["x"], dtype=torch.float64), torch.tensor(inputs["perm"])
         mixed = mix(images, images[partners], Mixing(share, partners))
         torch.testing.assert_close(mixed, torch.tensor(case["outputs"]["x_mixed"], dtype=torch.float64))
-        losses = [torch.nn.functional.cross_entropy(logits, y).item() for y in (labels, labels[partners])]
-        assert share * losses[0] + (1 - share) * losses[1] == pytest.approx(case["outputs"]["loss"], rel=1e-9)
 
 
 def test_mix_is_the_weighted_sum():

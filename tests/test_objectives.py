@@ -31,7 +31,7 @@ KCL = {"objective": "contrastive", "sampler": "two_views", "objective_settings":
 
 @pytest.fixture(scope="module")
 def images() -> SmallImages:
-    return SmallImages(size=32)
+    return SmallImages()
 
 
 def arguments(folder, **settings) -> NCTrainingArguments:

@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import nc_hf
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+LOAD, EXPORT, FINE_TUNE = BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +33,35 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_block_runs(folder, number):
-    block = BLOCKS[number].replace("pretrained=True", "pretrained=False").replace("num_train_epochs=5", "max_steps=2")
-    done = subprocess.run([sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, timeout=300)
+def test_a_model_opens_in_a_fresh_process_without_nc_hf(folder):
+    done = subprocess.run([sys.executable, "-c", LOAD], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    if "my_photos" in block:
-        assert (folder / "out/photos/model/model.safetensors").is_file()
+    assert "'label'" in done.stdout and "'score'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("block", "changes", "left"),
+    [
+        (EXPORT, {}, "model.onnx"),
+        (
+            FINE_TUNE,
+            {"pretrained=True": "pretrained=False", "num_train_epochs=5": "max_steps=2"},  # no network, no 5 epochs
+            "out/photos/model/model.safetensors",
+        ),
+    ],
+    ids=["export", "fine-tune"],
+)
+def test_block_runs(folder, monkeypatch, block, changes, left):
+    monkeypatch.chdir(folder)
+    for shown, instead in changes.items():
+        assert block.count(shown) == 1
+        block = block.replace(shown, instead)
+    exec(block, {})
+    assert (folder / left).is_file()
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(nc_hf, name) is not None for name in nc_hf.__all__)
 
 
 def test_the_blocks_are_as_short_as_promised():

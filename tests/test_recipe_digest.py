@@ -28,9 +28,6 @@ from nc_hf.training_args import NCTrainingArguments
 ROOT = Path(__file__).resolve().parents[1]
 
 
-SHIPPED = sorted(ROOT.glob("recipes/*_lt/*.yaml"))
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     def write_recipe(text: str, name: str = "recipe.yaml") -> Path:
@@ -65,19 +62,6 @@ def test_dump_says_our_defaults_and_not_those_of_training_arguments() -> None:
     lines = [line.strip() for line in dump_recipe(Recipe()).splitlines()]
     assert "centers: ema" in lines and "remove_unused_columns: false" in lines
     assert not [line for line in lines if line.startswith(("adam_beta1", "logging_steps", "hub_", "seed: 42"))]
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_recipes_load_and_round_trip(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(path)
-    dumped = tmp_path / "recipe.yaml"
-    dumped.write_text(dump_recipe(recipe))
-    assert load_recipe(dumped) == recipe
-    assert recipe_digest(load_recipe(dumped)) == recipe_digest(recipe)
-
-
-def test_there_are_shipped_recipes() -> None:
-    assert len(SHIPPED) >= 5
 
 
 plain_text = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=12)

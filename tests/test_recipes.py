@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_dataset
+from small_images import image_tree
 
-from nc_hf.recipe import load_recipe
+from nc_hf.recipe import dump_recipe, load_recipe, recipe_digest
 from nc_hf.retraining_args import RetrainingArguments
 from nc_hf.training_args import NCTrainingArguments
 
@@ -24,19 +26,19 @@ CIFAR10 = [path for path in RECIPES if path.parent.name == "cifar10_lt"]
 FAST = ["ldam_drw", "etf_dr", "mislas", "ce_crt", "tsc", "bbn", "ride"]
 
 
-@pytest.fixture(scope="module")
-def train():
-    """The function behind `recipes/train.py`."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "recipes" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+@pytest.fixture
+def train(script, monkeypatch):
+    """The function behind `recipes/train.py`; the number of threads stays that of the tests."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    return script("train").main
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_says_what_it_is_and_holds_settings_that_go_together(path):
+def test_every_recipe_says_what_it_is_and_holds_settings_that_go_together(path, tmp_path):
     assert path.read_text().startswith("# ")
-    recipe = load_recipe(path)
+    recipe, dumped = load_recipe(path), tmp_path / "recipe.yaml"
+    dumped.write_text(dump_recipe(recipe))
+    assert load_recipe(dumped) == recipe and recipe_digest(load_recipe(dumped)) == recipe_digest(recipe)
     for stage, kind in (("stage1", NCTrainingArguments), ("stage2", RetrainingArguments)):
         if getattr(recipe, stage) is not None:
             kind(output_dir="unused", use_cpu=True, **{**getattr(recipe, stage), "report_to": "none"})
@@ -46,6 +48,7 @@ def test_every_recipe_says_what_it_is_and_holds_settings_that_go_together(path):
 def test_recipes_of_each_kind_train_both_stages(train, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["--stage1.num_train_epochs", "2", "--data.dataset", "digits", "--data.imbalance_ratio", "20"]
+    short += ["--model.image_size", "16"]
     recipe = load_recipe(ROOT / "recipes" / "cifar10_lt" / f"{name}.yaml")
     if recipe.stage2 is not None:
         short += ["--stage2.num_train_epochs", "1"]
@@ -54,11 +57,39 @@ def test_recipes_of_each_kind_train_both_stages(train, name, tmp_path, monkeypat
     train([str(ROOT / "recipes" / "cifar10_lt" / f"{name}.yaml"), *short, "--evaluation.geometry_every", "0"])
     results = json.loads((tmp_path / "out" / f"cifar10_lt-{name}" / "results.json").read_text())
     assert set(results["heads"]) == {"base", *(recipe.stage2["heads"] if recipe.stage2 else [])}
-    assert all(0 <= metrics["accuracy"] <= 1 for metrics in results["heads"].values())
-    assert results["geometry"]["base"]["train"]["nc2_min_angle"] >= 0
+    for metrics in results["heads"].values():  # ten test images of each class
+        assert metrics["accuracy"] == pytest.approx(np.mean(metrics["per_class_accuracy"])) and metrics["ece"] > 0
+    geometry = results["geometry"]["base"]["train"]
+    assert 0 < geometry["nc2_min_angle"] < geometry["nc2_best_angle"]
     if name == "ride":
         assert 1 <= results["routing"]["experts_used"] <= 2
     assert (tmp_path / "out" / f"cifar10_lt-{name}" / "release" / "README.md").is_file()
+
+
+def test_a_validation_split_is_watched_and_chooses_tau(train, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    short = ["--stage1.num_train_epochs", "2", "--stage2.heads", "[tau_norm]", "--data.validation_fraction", "0.1"]
+    with caplog.at_level("INFO", logger="nc_hf"):
+        train([str(ROOT / "recipes/digits_lt/nc_drw_crt.yaml"), *short, "--name", "watched"])
+    logged = [json.loads(line) for line in (tmp_path / "out/watched/log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in logged if "eval_class_mean_accuracy" in record] == [1, 2]
+    results = json.loads((tmp_path / "out/watched/results.json").read_text())
+    assert results["dataset"]["validation_fraction"] == 0.1 and results["split"] == "test"
+    assert re.search(r"tau_norm: tau \S+ chosen on \d+ validation images", caplog.text)
+
+
+def test_the_recipe_of_imagenet_trains_on_a_tree_of_its_shape(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image_tree(tmp_path / "images", [12, 6, 3])
+    short = ["--data.data_dir", str(tmp_path / "images"), "--data.cache_dir", str(tmp_path / "cache")]
+    short += ["--model.name", "test_resnet", "--model.image_size", "32", "--stage1.expected_processes", "null"]
+    for stage in ("stage1", "stage2"):
+        short += [f"--{stage}.max_steps", "2", f"--{stage}.per_device_train_batch_size", "8"]
+        short += [f"--{stage}.dataloader_num_workers", "0", f"--{stage}.dataloader_persistent_workers", "false"]
+    train([str(ROOT / "recipes/imagenet_lt/nc_drw_crt.yaml"), *short, "--name", "tree"])
+    results = json.loads((tmp_path / "out/tree/results.json").read_text())
+    assert set(results["heads"]) == {"base", "crt"} and results["dataset"]["class_counts"] == [12, 6, 3]
+    assert results["heads"]["crt"]["images"] == 6
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from small_images import SmallImages
 from nc_hf import build_release, load_classifier, save_pretrained
 from nc_hf.doors import check_doors
 from nc_hf.hub import load_heads
+from nc_hf.publishing import PushError, push_folder
 from nc_hf.recipe import dump_recipe, load_recipe
 from nc_hf.release import public_name
 from nc_hf.results import git_revision, write_results
@@ -22,6 +23,12 @@ from nc_hf.results import git_revision, write_results
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"class {k}" for k in range(10)]
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Drawing takes a second or two, and most tests look at no picture."""
+    monkeypatch.setattr("nc_hf.release._draw_figures", lambda *_: None)
 
 
 def finished_run(folder: Path, *, seed: int = 0, method: str = "NC-DRW", accuracy: float = 0.8) -> Path:
@@ -82,11 +89,12 @@ def test_a_release_has_all_that_a_visitor_wants(tmp_path):
     assert {entry["dataset"]["id"] for entry in entries} == {"uoft-cs/cifar10"}
 
 
-def test_a_release_built_anew_forgets_twin_and_seeds(tmp_path):
-    run = finished_run(tmp_path / "run")
-    twin = finished_run(tmp_path / "twin", method="CE-DRW", accuracy=0.7)
-    folder = build_release(run, twin=twin, seeds=[finished_run(tmp_path / "other", seed=1)])
-    assert "CE-DRW" in (folder / "README.md").read_text()
+def test_a_release_built_anew_forgets_twin_and_seeds(without_pictures, tmp_path, script, capsys):
+    run, folder = finished_run(tmp_path / "run"), tmp_path / "run" / "release"
+    twin, other = finished_run(tmp_path / "twin", method="CE-DRW"), finished_run(tmp_path / "other", seed=1)
+    script("publish").main(["release", str(run), str(folder), "--twin", str(twin), "--seeds", str(other)])
+    assert capsys.readouterr().out.strip() == str(folder)
+    assert "CE-DRW" in (folder / "README.md").read_text() and (folder / "seeds").is_dir()
     build_release(run)
     assert not (folder / "twin.json").exists() and not (folder / "seeds").exists()
     assert "CE-DRW" not in (folder / "README.md").read_text()
@@ -107,7 +115,7 @@ def test_a_release_can_be_built_again(tmp_path):
         (0, [], "has the seed 0 as well"),
     ],
 )
-def test_runs_that_differ_in_more_than_the_seed_are_no_seeds(tmp_path, seed, override, message):
+def test_runs_that_differ_in_more_than_the_seed_are_no_seeds(without_pictures, tmp_path, seed, override, message):
     run, other = finished_run(tmp_path / "run"), finished_run(tmp_path / "other", seed=seed)
     (other / "recipe.yaml").write_text(dump_recipe(load_recipe(other / "recipe.yaml", override)))
     with pytest.raises(ValueError, match=message):
@@ -118,14 +126,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_seeds(tmp_path, seed, ove
     assert not (run / "release").exists()
 
 
-def test_a_checkpoint_that_a_run_went_on_from_is_not_told(tmp_path):
+def test_a_checkpoint_that_a_run_went_on_from_is_not_told(without_pictures, tmp_path):
     run = finished_run(tmp_path / "run")
     branch = ["--stage1.resume_from_checkpoint", str(tmp_path / "other/checkpoints/stage1/checkpoint-7")]
     (run / "recipe.yaml").write_text(dump_recipe(load_recipe(run / "recipe.yaml", branch)))
     assert str(tmp_path) not in (build_release(run) / "recipe.yaml").read_text()
 
 
-def test_results_of_another_data_set_leave_no_evaluation(tmp_path):
+def test_results_of_another_data_set_leave_no_evaluation(without_pictures, tmp_path):
     run = finished_run(tmp_path / "run")
     assert list((build_release(run) / ".eval_results").iterdir())
     results = json.loads((run / "results.json").read_text())
@@ -192,7 +200,12 @@ def test_an_unfinished_twin_or_seed_is_refused_before_the_folder_is_touched(tmp_
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_the_release_of_a_run_can_be_its_twin(tmp_path):
+def test_a_folder_without_a_model_is_not_pushed(tmp_path):
+    with pytest.raises(PushError, match="has no config.json: it is not a saved classifier"):
+        push_folder(tmp_path, "me/model")
+
+
+def test_the_release_of_a_run_can_be_its_twin(without_pictures, tmp_path):
     twin = build_release(finished_run(tmp_path / "plain", method="CE-DRW"))
     folder = build_release(finished_run(tmp_path / "run"), twin=twin)
     assert json.loads((folder / "twin.json").read_text())["methods"]["base"] == "CE-DRW"

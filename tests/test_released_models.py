@@ -58,10 +58,11 @@ def test_logits_are_those_of_the_release(folder):
 def test_the_folder_is_ready_for_the_hub(folder):
     card = (folder / "README.md").read_text()
     results = json.loads((folder / "results.json").read_text())
+    assert set(results["heads"]) >= {"base", "crt"}
     for metrics in results["heads"].values():
         assert f"| {100 * metrics['accuracy']:.1f} |" in card
-    for picture in (folder / "figures").glob("*.png"):
-        assert f"figures/{picture.name}" in card
+    for picture in ("classes", "angles", "norms", "collapse"):
+        assert (folder / "figures" / f"{picture}.png").is_file() and f"figures/{picture}.png" in card
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
     for path in folder.rglob("*"):
         if path.suffix in (".json", ".yaml", ".md"):

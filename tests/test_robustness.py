@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -81,14 +80,6 @@ def test_an_image_set_with_noise_keeps_its_labels_and_gives_single_images(images
     assert torch.equal(noisy[7]["pixel_values"], noisy.__getitems__([7])["pixel_values"][0])
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "recipes" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -99,13 +90,13 @@ def script():
 )
 def test_noise_that_means_nothing_is_refused_before_a_model_is_read(script, words, message):
     with pytest.raises(ValueError, match=message):
-        script.main(["no/such/model", *words])
+        script("evaluate").main(["no/such/model", *words])
 
 
 @pytest.mark.parametrize("words", [["--noise-std", "a lot"], ["--noise-std"], ["--noise-scale", "loud"], []])
 def test_a_command_line_that_cannot_be_read_is_refused(script, words, capsys):
     with pytest.raises(SystemExit):
-        script.main(["no/such/model", *words] if words else [])
+        script("evaluate").main(["no/such/model", *words] if words else [])
     assert "usage:" in capsys.readouterr().err
 
 
@@ -115,10 +106,11 @@ def test_an_unknown_scale_is_refused(images):
 
 
 def test_settings_from_a_command_line(script):
-    options, overrides = script.parse(["m", "r.yaml", "--noise-std", "0", ".1", "--data.seed=3", "--seed", "-1"])
+    words = ["m", "r.yaml", "--noise-std", "0", ".1", "--data.seed=3", "--seed", "-1"]
+    options, overrides = script("evaluate").parse(words)
     assert (options.noise_std, options.noise_scale, options.noise_seed) == ([0.0, 0.1], "normalized", 0)
     assert overrides == ["r.yaml", "--data.seed=3", "--seed", "-1"]
-    options, _ = script.parse(["m", "--noise-std", "1", "--noise-scale=pixels", "--noise-seed", "4"])
+    options, _ = script("evaluate").parse(["m", "--noise-std", "1", "--noise-scale=pixels", "--noise-seed", "4"])
     assert (options.noise_std, options.noise_scale, options.noise_seed) == ([1.0], "pixels", 4)
 
 

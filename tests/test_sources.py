@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import Image
+from small_images import image_tree, small_pixels
 
 from nc_hf.data.builders import Cifar10, FashionMnist
 from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT, find_lists
@@ -37,10 +38,6 @@ def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Cifar10:
     )
     builder.download_and_prepare()
     return builder
-
-
-def small_pixels(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
 def decoded(dataset: datasets.Dataset) -> np.ndarray:
@@ -142,20 +139,6 @@ def test_digits_need_nothing(tmp_path: Path) -> None:
 
 
 # ---- Lists ----
-
-
-def image_tree(root: Path, counts: list[int], words: tuple[str, ...] = ("train", "val", "test")) -> None:
-    """An ImageNet-shaped tree: folders of WordNet ids, JPEG files, and list files beside them."""
-    for word in words:
-        lines, folder = [], "train" if word == "train" else "val"
-        for k, count in enumerate(counts if word == "train" else [2] * len(counts)):
-            name = f"n{10_000_000 + k}"
-            (root / folder / name).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                path = f"{folder}/{name}/{word}_{i}.JPEG"
-                PIL.Image.fromarray(small_pixels(1, 100 * k + i)[0]).save(root / path)
-                lines.append(f"{path} {k}\n")
-        (root / f"ImageNet_LT_{word}.txt").write_text("".join(lines))
 
 
 def test_own_lists_of_an_imagenet_tree(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

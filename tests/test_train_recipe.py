@@ -99,21 +99,28 @@ def test_a_push_that_cannot_succeed_is_refused_before_anything_is_trained(folder
     assert not (folder / "out/pushed").exists()
 
 
-def test_the_same_command_again_shows_the_table_without_training(folder, straight):
+@pytest.fixture
+def train(folder, script, monkeypatch):
+    """The function behind recipes/train.py, in this process."""
+    monkeypatch.chdir(folder)
+    return lambda *arguments: script("train").main([*arguments, "--data.cache_dir", str(folder / "cache")])
+
+
+def test_the_same_command_again_shows_the_table_without_training(folder, straight, train, capsys, caplog):
     before = (folder / "out/straight/results.json").stat().st_mtime_ns
-    done = run(folder, "train.py", *SHORT, "--name", "straight")
-    assert "base" in done.stdout
-    assert "stage1 epoch" not in done.stdout
+    with caplog.at_level("INFO"):
+        train(*SHORT, "--name", "straight")
+    assert "base" in capsys.readouterr().out
+    assert "epochs of" not in caplog.text  # which tells of the schedule when training starts
     assert (folder / "out/straight/results.json").stat().st_mtime_ns == before
 
 
-def test_another_recipe_in_the_same_folder_is_refused(folder, straight):
-    done = run(folder, "train.py", "--stage1.num_train_epochs", "4", "--name", "straight", check=False)
-    assert done.returncode != 0
-    assert "holds a run of another recipe" in done.stderr
+def test_another_recipe_in_the_same_folder_is_refused(straight, train):
+    with pytest.raises(SystemExit, match="holds a run of another recipe"):
+        train("--stage1.num_train_epochs", "4", "--name", "straight")
 
 
-def test_a_killed_run_resumes_to_the_same_results(folder, straight):
+def test_a_killed_run_resumes_to_the_same_results(folder, straight, train):
     process = start(folder, command("train.py", *SHORT, "--name", "killed"))
     checkpoints = folder / "out/killed/checkpoints/stage1"
     deadline = time.monotonic() + 120
@@ -122,8 +129,8 @@ def test_a_killed_run_resumes_to_the_same_results(folder, straight):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert list(checkpoints.glob("checkpoint-*/complete.json"))
-    other = run(folder, "train.py", *SHORT, "--name", "killed", "--seed", "1", check=False)
-    assert "holds a run of another recipe" in other.stderr
+    with pytest.raises(SystemExit, match="holds a run of another recipe"):
+        train(*SHORT, "--name", "killed", "--seed", "1")
     done = run(folder, "train.py", *SHORT, "--name", "killed")
     assert "resuming from" in done.stdout
     resumed = json.loads((folder / "out/killed/results.json").read_text())
@@ -139,11 +146,10 @@ def test_evaluate_gives_what_the_run_gave(folder, straight):
         assert again[head]["per_class_accuracy"] == metrics["per_class_accuracy"]
 
 
-def test_another_number_of_processes_is_refused(folder):
-    done = run(folder, "train.py", "--stage1.expected_processes", "2", "--name", "two", check=False)
-    assert done.returncode != 0
-    assert "asks for 2 processes (expected_processes) but 1 started" in done.stderr
-    assert not (folder / "out/two").exists()
+def test_another_number_of_processes_is_refused(folder, train):
+    with pytest.raises(SystemExit, match=r"asks for 2 processes \(expected_processes\) but 1 started"):
+        train("--stage1.expected_processes", "2", "--name", "waiting")
+    assert not (folder / "out/waiting").exists()
 
 
 def test_the_launch_configuration_starts_two_processes(folder):
@@ -157,8 +163,7 @@ def test_the_launch_configuration_starts_two_processes(folder):
     assert results["heads"]["crt"]["images"] == 500
 
 
-def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(folder):
-    done = run(folder, "train.py", "--stage1.between_wieght", "0.2", check=False)
-    assert done.returncode != 0
-    assert "between_weight" in done.stderr
-    assert "process(es)" not in done.stdout
+def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(train, monkeypatch):
+    monkeypatch.setattr("nc_hf.processes.start_processes", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(ValueError, match="between_weight"):
+        train("--stage1.between_wieght", "0.2")

@@ -14,8 +14,9 @@ from small_runs import arguments, logged, network
 from torch import nn
 from transformers import TrainerCallback
 
-from nc_hf.losses.collapse import between_class_loss, within_class_loss
-from nc_hf.schedule import learning_rate_factor
+from nc_hf.losses.collapse import NeuralCollapseLoss, between_class_loss, within_class_loss
+from nc_hf.schedule import describe_schedule, learning_rate_factor
+from nc_hf.task import ClassificationTask
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
 
@@ -211,13 +212,16 @@ def test_learning_rates_by_epoch_are_the_papers(golden, tmp_path):
 
 
 def test_clipping_leaves_the_centers_alone(images, tmp_path):
-    def centers_after(max_grad_norm: float) -> torch.Tensor:
-        args = arguments(tmp_path, centers="learned", max_grad_norm=max_grad_norm, max_steps=1)
+    def trained(max_grad_norm: float) -> tuple[torch.Tensor, float]:
+        args = arguments(tmp_path, centers="learned", max_grad_norm=max_grad_norm, max_steps=1, weight_decay=0)
         trainer = NCTrainer(network_without_batch_statistics(), args, train_dataset=images)
+        before = trainer.task.head.weight.detach().clone()
         trainer.train()
-        return trainer.task.collapse.centers.detach()
+        return trainer.task.collapse.centers.detach(), (trainer.task.head.weight - before).abs().max().item()
 
-    assert torch.equal(centers_after(0), centers_after(1e-6))
+    (centers, moved), (centers_of_clipped, moved_if_clipped) = trained(0), trained(1e-6)
+    assert torch.equal(centers, centers_of_clipped)
+    assert moved_if_clipped < 1e-6 < moved
 
 
 # ---- drop-in ----
@@ -253,13 +257,63 @@ def test_precision_and_memory_format_are_chosen_and_logged(tmp_path):
     assert NCTrainingArguments(output_dir=str(tmp_path), bf16=True).precision == "bf16"
     slow = NCTrainingArguments(output_dir=str(tmp_path), precision="fp32", channels_last=True)
     assert (slow.bf16, slow.fp16, slow.channels_last) == (False, False, True)
+    assert "precision fp32, channels last" in describe_schedule(slow, 1, 1)
+
+
+@pytest.mark.parametrize(("instructions", "precision"), [({"avx512_bf16": True}, "bf16"), ({}, "fp32")])
+def test_precision_is_bf16_where_the_cpu_has_instructions_for_it(tmp_path, monkeypatch, instructions, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert NCTrainingArguments(output_dir=str(tmp_path), use_cpu=True).precision == precision
+
+
+def test_settings_of_the_terms_reach_them(images, tmp_path):
+    settings = {"between_objective": "gram", "within_reduction": "images", "feature_scale": "rms"}
+    args = arguments(tmp_path, **settings, centers_momentum=0.3, within_weight=0.2, between_weight=0.4)
+    collapse = NCTrainer(network_without_batch_statistics(), args, train_dataset=images).task.collapse
+    assert {name: getattr(collapse, name) for name in settings} == settings
+    assert (collapse.momentum, collapse.within_weight, collapse.between_weight) == (0.3, 0.2, 0.4)
+
+
+@pytest.mark.parametrize(("start", "epoch"), [("data", 0.0), ("normal", 0.5)])
+def test_centers_start_as_asked_for_whatever_the_epoch(images, tmp_path, start, epoch):
+    settings = {"centers": "learned", "centers_learning_rate": 0.0, "center_init": start, "start_epoch": epoch}
+    trainer = NCTrainer(
+        network_without_batch_statistics(), arguments(tmp_path, **settings, learning_rate=0.0), train_dataset=images
+    )
+    drawn = trainer.task.collapse.centers.detach().clone()
+    means = trainer.class_means(images)[0].float()
+    trainer.train()
+    torch.testing.assert_close(trainer.task.collapse.centers.detach(), means if start == "data" else drawn)
+
+
+@pytest.mark.parametrize(("rule", "share", "chosen"), [("first", 0.3, 0), ("dominant", 0.3, 1), ("dominant", 0.7, 0)])
+def test_labels_of_a_mixed_feature_by_rule(images, rule, share, chosen):
+    model, loss = network_without_batch_statistics(), NeuralCollapseLoss(4, 8, 0.5, 0.0, "learned")
+    task = ClassificationTask(model, "head", 4, collapse=loss, mixup_rule=rule).train()
+    task.collapse_active = True
+    pixels, labels = images.images[:4], torch.arange(4)
+    both = labels, labels.roll(1)
+    found = task(pixels, labels, partners=both[1], mixing=share)["loss_within"]
+    expected = [loss(model.body(pixels), y)["within"] for y in both]
+    torch.testing.assert_close(found, expected[chosen])
+    assert not torch.isclose(*expected)
+
+
+def test_learned_centers_refuse_a_schedule_that_knows_no_groups(images, tmp_path):
+    args = arguments(tmp_path, centers="learned", lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+    trainer = NCTrainer(network_without_batch_statistics(), args, train_dataset=images, eval_dataset=images)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau cannot give to one group.*or `centers: ema`"):
+        trainer.train()
 
 
 def test_gradient_checkpointing_gives_the_same_losses(images, tmp_path):
-    def losses(**settings) -> list[float]:
+    def losses(**settings) -> tuple[list[float], int]:
         args = arguments(tmp_path, centers="learned", max_steps=3, **settings)
-        trainer = NCTrainer(network(), args, train_dataset=images)
+        trainer, calls = NCTrainer(network(), args, train_dataset=images), []
+        trainer.classifier.layer2[0].conv1.register_forward_hook(lambda *_: calls.append(1))
         trainer.train()
-        return logged(trainer, "loss")
+        return logged(trainer, "loss"), len(calls)
 
-    np.testing.assert_allclose(losses(activation_checkpointing=True), losses(), rtol=1e-5)
+    (saving, more_calls), (plain, calls) = losses(activation_checkpointing=True), losses()
+    np.testing.assert_allclose(saving, plain, rtol=1e-5)
+    assert more_calls >= calls + 3  # once more in each step, on the way back

@@ -97,9 +97,15 @@ RESUMED = {
 }
 
 
+@pytest.fixture(scope="module")
+def straight_runs() -> dict[str, NCTrainer]:
+    """By name of the settings; each is trained once."""
+    return {}
+
+
 @pytest.mark.parametrize("stop_at", [4, 6, 8])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_ends_in_the_same_bits(images, tmp_path, name, stop_at):
+def test_a_resumed_run_ends_in_the_same_bits(images, straight_runs, tmp_path, name, stop_at):
     """Stopped mid-epoch and at an epoch's end, before and after the collapse terms start."""
 
     class Kill(TrainerCallback):
@@ -111,8 +117,10 @@ def test_a_resumed_run_ends_in_the_same_bits(images, tmp_path, name, stop_at):
         args = arguments(tmp_path / folder, **RESUMED[name])
         return NCTrainer(network(), args, train_dataset=images, callbacks=list(callbacks))
 
-    straight = trainer("straight")
-    straight.train()
+    if name not in straight_runs:
+        straight_runs[name] = trainer("straight")
+        straight_runs[name].train()
+    straight = straight_runs[name]
     killed = trainer("killed", Kill())
     killed.train()
     assert killed.state.global_step == stop_at

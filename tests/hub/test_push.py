@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -205,22 +206,27 @@ def test_a_server_killed_in_mid_upload_leaves_a_push_that_can_be_repeated(hub, u
     assert hub.files(f"{user}/cut")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
-def test_two_pushes_at_once_both_arrive_or_say_so(hub, user, folder):
+def test_two_pushes_at_once_both_arrive(hub, user, folder, tmp_path):
     errors = []
 
-    def push() -> None:
+    def push(number: int) -> None:
+        own = Path(shutil.copytree(folder, tmp_path / str(number)))
+        (own / "seeds").mkdir()
+        (own / "seeds" / f"seed{number}.json").write_text("{}")
         try:
-            push_folder(folder, f"{user}/twice", check=False)
+            push_folder(own, f"{user}/twice", check=False)
         except PushError as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=push) for _ in range(2)]
+    threads = [threading.Thread(target=push, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert errors == []
-    assert hub.files(f"{user}/twice")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    files = hub.files(f"{user}/twice")
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert {"seeds/seed0.json", "seeds/seed1.json"} <= set(files)
 
 
 def test_a_folder_that_does_not_open_is_not_pushed(hub, user, folder):
