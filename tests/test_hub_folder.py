@@ -182,7 +182,8 @@ assert not any(name.startswith("nc_hf") for name in sys.modules)
 print("all doors tried")
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd="/")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
     assert "all doors tried" in done.stdout, done.stderr
 
 

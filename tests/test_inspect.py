@@ -97,7 +97,7 @@ def test_the_numbers_are_those_of_the_features_in_memory(stock, images, inspecte
 def test_the_command_prints_and_draws_for_a_model_of_timm(stock, inspected, tmp_path):
     command = [sys.executable, "-m", "nc_hf.inspect", str(stock), "--data", "digits", *DIGITS]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "inspect-digits/results.json").read_text())
     assert results["heads"]["head"]["per_class_accuracy"] == inspected[0]["heads"]["head"]["per_class_accuracy"]

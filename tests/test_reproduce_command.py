@@ -169,7 +169,7 @@ def test_figures_are_drawn_from_the_panels_that_are_there(tmp_path, script, caps
 def test_committed_results_are_shown_without_the_training_code(tmp_path):
     command = [sys.executable, "-X", "importtime", str(RECIPES / "reproduce.py"), "table3", "--dataset", "cifar10_lt"]
     command += ["--ratio", "100", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert cells(done.stdout, "NC-DRW-cRT")[1] == "82.6"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +118,17 @@ def test_the_table_has_a_column_a_deviation():
     assert row == ["base", "50.00", "12.50"]
 
 
-def test_evaluate_measures_noise_beside_the_rest(tmp_path):
+def test_evaluate_measures_noise_beside_the_rest(tmp_path, script, capsys):
     torch.manual_seed(0)
     model, _ = load_classifier("resnet20_cifar", 10, [str(k) for k in range(10)], image_size=16)
     save_pretrained(model, tmp_path / "model", heads={"base": model.fc.state_dict()}, class_counts=[10] * 10)
-    command = [sys.executable, str(ROOT / "recipes/evaluate.py"), str(tmp_path / "model")]
-    command += [str(ROOT / "recipes/digits_lt/nc_drw_crt.yaml"), "--noise-std", "0", "0.5", "--noise-seed=2"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*command, "--json", str(tmp_path / "found.json")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = [str(tmp_path / "model"), str(ROOT / "recipes/digits_lt/nc_drw_crt.yaml")]
+    command += ["--noise-std", "0", "0.5", "--noise-seed=2", "--json", str(tmp_path / "found.json")]
+    script("evaluate").main([*command, "--data.cache_dir", str(tmp_path / "cache")])
+    shown = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     noise = found["noise"]
     assert (noise["std"], noise["scale"], noise["seed"]) == ([0.0, 0.5], "normalized", 2)
     clean, noisy = noise["accuracy"]["base"]
     assert clean == found["heads"]["base"]["accuracy"]
-    assert 0 <= noisy <= 1 and f"{100 * noisy:.2f}" in done.stdout
+    assert 0 <= noisy <= 1 and f"{100 * noisy:.2f}" in shown
