@@ -90,7 +90,7 @@ def recipe_for(source: str, arguments: Sequence[str]) -> Recipe:
 
     given = bool(arguments) and not arguments[0].startswith("--")
     path, overrides = (Path(arguments[0]), arguments[1:]) if given else (None, arguments)
-    named = argparse.ArgumentParser(allow_abbrev=False)
+    named = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     named.add_argument("--model.revision", dest="revision")
     named.add_argument("--data.dataset", dest="dataset")
     named, _ = named.parse_known_args(overrides)

@@ -16,7 +16,7 @@ from nc_hf.data.provenance import PROVENANCE
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 from nc_hf.finished_run import class_means_of, read_run
 from nc_hf.model_card import write_card
-from nc_hf.recipe import Recipe, dump_recipe, load_recipe, recipe_digest
+from nc_hf.recipe import Recipe, dump_recipe, recipe_digest
 from nc_hf.results import read_results, write_results
 
 PATHS = ("/", "~", "./", "../", "local-dir:")
@@ -52,14 +52,17 @@ def build_release(
     folder = run / "release" if folder is None else Path(folder)
     # All of it is read, and refused where it has to be, before what is there is touched.
     (results, recipe), means = read_run(run), class_means_of(run)
-    stage = next(run / name for name in ("stage2", "stage1") if (run / name).is_dir())
-    others = _results_of_seeds(run, results, seeds)
+    recipe = _without_paths(recipe)
+    stage = next((run / name for name in ("stage2", "stage1") if (run / name).is_dir()), None)
+    if stage is None:
+        raise FileNotFoundError(f"{run} has no stage1 or stage2: it is no folder of a run. Give out/<run>.")
+    others = _results_of_seeds(run, recipe, results, seeds)
     of_twin = None if twin is None else (read_run(Path(twin))[0], class_means_of(Path(twin)))
     for old in ("twin.json", "seeds", "figures", ".eval_results"):
         shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(missing_ok=True)
     shutil.copytree(stage, folder, dirs_exist_ok=True)
     write_results(folder / "results.json", results)
-    (folder / "recipe.yaml").write_text(dump_recipe(_without_paths(recipe)))
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     if of_twin is not None:
         write_results(folder / "twin.json", of_twin[0])
     for seed, other in others.items():
@@ -71,9 +74,11 @@ def build_release(
     return folder
 
 
-def _results_of_seeds(run: Path, results: dict[str, Any], seeds: Sequence[str | Path]) -> dict[int, dict[str, Any]]:
+def _results_of_seeds(
+    run: Path, recipe: Recipe, results: dict[str, Any], seeds: Sequence[str | Path]
+) -> dict[int, dict[str, Any]]:
     """Results by seed of further runs, which must differ from this one in the seed alone."""
-    recipe, others = _without_paths(load_recipe(run / "recipe.yaml")), {results["seed"]: results}
+    others = {results["seed"]: results}
     for other in map(Path, seeds):
         found, theirs = read_run(other)
         theirs = _without_paths(theirs)

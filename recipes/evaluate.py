@@ -60,6 +60,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--noise-scale", choices=get_args(NoiseScale), default="normalized")
     parser.add_argument("--noise-seed", type=int, default=0)
     options, overrides = parser.parse_known_args(arguments)
+    if not options.noise_std and (options.noise_scale, options.noise_seed) != ("normalized", 0):
+        parser.error("--noise-scale and --noise-seed need --noise-std and its standard deviations")
     for std in options.noise_std:
         check_noise(std, options.noise_seed)
     return options, overrides

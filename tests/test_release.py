@@ -205,6 +205,12 @@ def test_a_folder_without_a_model_is_not_pushed(tmp_path):
         push_folder(tmp_path, "me/model")
 
 
+def test_a_release_is_no_run_to_release(without_pictures, tmp_path):
+    folder = build_release(finished_run(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="it is no folder of a run. Give out/<run>"):
+        build_release(folder, tmp_path / "again")
+
+
 def test_the_release_of_a_run_can_be_its_twin(without_pictures, tmp_path):
     twin = build_release(finished_run(tmp_path / "plain", method="CE-DRW"))
     folder = build_release(finished_run(tmp_path / "run"), twin=twin)

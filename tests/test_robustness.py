@@ -90,7 +90,10 @@ def test_noise_that_means_nothing_is_refused_before_a_model_is_read(script, word
         script("evaluate").main(["no/such/model", *words])
 
 
-@pytest.mark.parametrize("words", [["--noise-std", "a lot"], ["--noise-std"], ["--noise-scale", "loud"], []])
+@pytest.mark.parametrize(
+    "words",
+    [["--noise-std", "a lot"], ["--noise-std"], ["--noise-scale", "loud"], ["--noise-scale", "pixels"], []],
+)
 def test_a_command_line_that_cannot_be_read_is_refused(script, words, capsys):
     with pytest.raises(SystemExit):
         script("evaluate").main(["no/such/model", *words] if words else [])
