@@ -90,10 +90,10 @@ def recipe_for(source: str, arguments: Sequence[str]) -> Recipe:
 
     given = bool(arguments) and not arguments[0].startswith("--")
     path, overrides = (Path(arguments[0]), arguments[1:]) if given else (None, arguments)
-    named = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    named.add_argument("--model.revision", dest="revision")
-    named.add_argument("--data.dataset", dest="dataset")
-    named, _ = named.parse_known_args(overrides)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--model.revision", dest="revision")
+    parser.add_argument("--data.dataset", dest="dataset")
+    named, _ = parser.parse_known_args(overrides)
     if path is None:
         folder = local_folder(source, named.revision)
         # A release has its recipe inside, a stage of a run beside it.
