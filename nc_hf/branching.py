@@ -23,8 +23,9 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
     """Make sure that stage one of a recipe may go on from a checkpoint of another run: so far the two did the same.
 
     Re-weighting and collapse terms that start later, or never, may differ: CE-DRW can go on from CE, and CE from the
-    first half of NC where `start_epoch` is 0.5. All that is random is a function of seed and step, so such a run ends
-    with the weights of one that was trained from its start.
+    first half of NC where `start_epoch` is 0.5 (not the other way: a run without terms keeps no class centers). All
+    that is random is a function of seed and step, so such a run ends with the weights of one that was trained from
+    its start.
 
     Args:
         recipe: of the run to start.
@@ -32,7 +33,7 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
 
     Raises:
         FileNotFoundError: when the checkpoint, or the recipe of its run, is not there.
-        ValueError: when the two recipes differ before the checkpoint.
+        ValueError: when the two recipes differ before the checkpoint, or it lacks the class centers of this one.
     """
     checkpoint = Path(checkpoint).resolve()
     state, other_path = checkpoint / "trainer_state.json", checkpoint.parents[2] / "recipe.yaml"
@@ -44,6 +45,7 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
             )
     epoch, other = json.loads(state.read_text())["epoch"], load_recipe(other_path)
     ours, theirs = _until(recipe, epoch), _until(other, epoch)
+    wanted, kept = _centers(recipe), _centers(other)
     if recipe_digest(ours) != recipe_digest(theirs):
         names = sorted({*ours.stage1, *theirs.stage1})
         differing = [name for name in names if ours.stage1.get(name) != theirs.stage1.get(name)]
@@ -52,6 +54,17 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
             f"({', '.join(differing) or 'model, data or seed'}). Only what starts later may differ; take an "
             "earlier checkpoint, or train from the start."
         )
+    if wanted != kept and (wanted == "ema" or "learned" in (wanted, kept)):  # buffers, and a group of the optimizer
+        raise ValueError(
+            f"{checkpoint} is of a run with {kept} class centers and this one has {wanted}, which a checkpoint keeps "
+            "from the first step on: take a checkpoint of a run with the same ones, or train from the start."
+        )
+
+
+def _centers(recipe: Recipe) -> str:
+    """The class centers of stage one, "no" without terms."""
+    stage = defaults_of("stage1") | (recipe.stage1 or {})
+    return stage["centers"] if stage["within_weight"] or stage["between_weight"] else "no"
 
 
 def _until(recipe: Recipe, epoch: float) -> Recipe:

@@ -32,7 +32,12 @@ def saved(folder: Path, epoch: float, *overrides: str) -> Path:
 @pytest.mark.parametrize("theirs", [(), WEIGHTED, COLLAPSE])
 def test_what_starts_later_may_differ(tmp_path: Path, ours: tuple, theirs: tuple) -> None:
     recipe = load_recipe(None, [*PLAIN, *ours, "--stage2.num_train_epochs", "3", "--data.data_dir", "elsewhere"])
-    check_branch(recipe, saved(tmp_path / "early", 5.0, *theirs))
+    early = saved(tmp_path / "early", 5.0, *theirs)
+    if ours[-6:] == COLLAPSE and theirs != COLLAPSE:
+        with pytest.raises(ValueError, match="a run with no class centers and this one has ema"):
+            check_branch(recipe, early)
+    else:
+        check_branch(recipe, early)
     late = saved(tmp_path / "late", 6.0, *theirs)
     if ours == theirs:
         check_branch(recipe, late)
@@ -54,6 +59,25 @@ def test_what_starts_later_may_differ(tmp_path: Path, ours: tuple, theirs: tuple
 def test_other_differences_are_refused(tmp_path: Path, override: tuple) -> None:
     with pytest.raises(ValueError, match="was trained otherwise"):
         check_branch(load_recipe(None, [*PLAIN, *override]), saved(tmp_path, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("learned", "ema"), ("ema", "learned"), ("learned", "no"), ("no", "learned"), ("ema", "batch")],
+)
+def test_class_centers_that_the_checkpoint_lacks_are_refused(tmp_path: Path, ours: str, theirs: str) -> None:
+    def settings(centers: str) -> tuple[str, ...]:
+        chosen = ("--stage1.centers", centers, "--stage1.feature_scale", "none")
+        return () if centers == "no" else (*COLLAPSE, *chosen)
+
+    with pytest.raises(ValueError, match=f"a run with {theirs} class centers and this one has {ours}"):
+        check_branch(load_recipe(None, [*PLAIN, *settings(ours)]), saved(tmp_path, 1.0, *settings(theirs)))
+
+
+@pytest.mark.parametrize("theirs", ["ema", "batch"])
+def test_batch_centers_need_nothing_of_the_checkpoint(tmp_path: Path, theirs: str) -> None:
+    ours = load_recipe(None, [*PLAIN, *COLLAPSE, "--stage1.centers", "batch"])
+    check_branch(ours, saved(tmp_path, 1.0, *COLLAPSE, "--stage1.centers", theirs))
 
 
 def test_a_folder_that_is_no_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
