@@ -181,14 +181,14 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
         return
     if not isinstance(layer, CosineHead | ETFHead):
         raise ValueError(
-            f"stage two cannot replace a {type(layer).__name__} by a linear head. Leave stage two out (stage2: null)."
+            f"stage two cannot replace {type(layer).__name__} by a linear head. Leave stage two out (stage2: null)."
         )
     reused = [f"heads: {name}" for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
     reused += ["head_init: keep"] if "crt" in args.heads and args.head_init == "keep" else []
     reused += ["match_base_norm"] if args.match_base_norm else []
     if reused:
         raise ValueError(
-            f"`{reused[0]}` goes on from a linear head, and stage one's is a {type(layer).__name__}. "
+            f"`{reused[0]}` goes on from a linear head, and stage one's is {type(layer).__name__}. "
             "Use crt with head_init: new, ncm or least_squares."
         )
 

@@ -252,7 +252,7 @@ def test_a_classifier_with_an_etf_head_is_restored_from_its_weights():
         (lambda: set_head(small_resnet(), "fc", "arc"), "must be one of linear, cosine, etf, got 'arc'"),
         (lambda: set_head(small_resnet(), "fc", "cosine", seed=1), "no setting seed. Its settings: scale"),
         (lambda: set_head(small_resnet(), "fc", "linear", scale=1), "no setting scale. Its settings: none"),
-        (lambda: set_head(small_resnet(), "conv1", "cosine"), "'conv1' of CifarResNet is a Conv2d; only a linear"),
+        (lambda: set_head(small_resnet(), "conv1", "cosine"), "'conv1' of CifarResNet is Conv2d; only a linear"),
         (lambda: set_head(small_resnet(20), "fc", "etf"), "no simplex of 20 directions in 8 dimensions"),
     ],
 )

@@ -89,7 +89,7 @@ def test_heads_that_need_a_bias_are_refused_before_any_is_trained(tmp_path, name
 
 def test_experts_have_no_stage_two(tmp_path):
     model = timm.create_model("resnet32_ride_cifar", num_classes=4)
-    with pytest.raises(ValueError, match=r"cannot replace a ExpertsHead by a linear head.*\(stage2: null\)"):
+    with pytest.raises(ValueError, match=r"cannot replace ExpertsHead by a linear head.*\(stage2: null\)"):
         check_heads(model.fc, arguments(tmp_path))
 
 

@@ -143,7 +143,7 @@ def set_head(model: nn.Module, head_name: str, kind: HeadKind, **settings: Any) 
     old = model.get_submodule(head_name)
     if not isinstance(old, nn.Linear | CosineHead | ETFHead):
         raise ValueError(
-            f"{head_name!r} of {type(model).__name__} is a {type(old).__name__}; only a linear, cosine or ETF head "
+            f"{head_name!r} of {type(model).__name__} is {type(old).__name__}; only a linear, cosine or ETF head "
             "can be replaced. Choose a model that ends in a linear layer."
         )
     num_classes, width = old.weight.shape
