@@ -115,7 +115,7 @@ def _schedule(stage: Mapping[str, Any]) -> str:
     else:
         schedule = "by half a cosine" if stage["lr_cosine"] else f"{stage['lr_scheduler_type']} schedule"
     warmup = resolve_epoch(stage["warmup_epochs"], epochs)
-    return schedule + (f", warm-up over {warmup:g} epochs" if warmup else "")
+    return schedule + (f", warm-up over {warmup:g} epoch{'' if warmup == 1 else 's'}" if warmup else "")
 
 
 def citations(config: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
