@@ -22,9 +22,8 @@ METHODS = {
     "label smoothing": Row("label_smoothing"),
     "focal": Row("focal"),
     "class-balanced focal": Row("class_balanced"),
-    "balanced softmax": Row("balanced_softmax"),
+    "balanced softmax, logit adjustment": Row("logit_adjustment"),
     "ARB-Loss": Row("arb"),
-    "logit adjustment": Row("logit_adjustment"),
     "LDAM-DRW": Row("ldam_drw"),
     "ETF classifier+DR": Row("etf_dr"),
     "CutMix": Row("cutmix"),
@@ -49,7 +48,7 @@ WITH_NC = {
     "CE-DRW": NC_DRW,
     "DRW-cRT": NC_DRW_CRT,
     "LDAM-DRW": TABLE5["LDAM-DRW+NC"],
-    "logit adjustment": TABLE5["Logit Adjust+NC"],
+    "balanced softmax, logit adjustment": TABLE5["Logit Adjust+NC"],
     **{name: TABLE5[name.replace("RIDE", "RIDE+NC")] for name in METHODS if name.startswith("RIDE")},
 }
 
@@ -72,6 +71,7 @@ METHODS_TABLE = Table(
     {},
     {"accuracy_many": "many", "accuracy_medium": "medium", "accuracy": "all"},
     note="Class 'few' is empty in CIFAR-10-LT with r = 100, whose smallest class has 50 images. "
-    "tau of tau-normalization and of post-hoc logit adjustment is 1: there is no validation split to choose it on.",
+    "Balanced softmax and logit adjustment with tau 1 are one loss, and one run. tau of tau-normalization and of "
+    "post-hoc logit adjustment is 1: there is no validation split to choose it on.",
     epochs=30,
 )
