@@ -76,8 +76,15 @@ def test_class_centers_that_the_checkpoint_lacks_are_refused(tmp_path: Path, our
 
 @pytest.mark.parametrize("theirs", ["ema", "batch"])
 def test_batch_centers_need_nothing_of_the_checkpoint(tmp_path: Path, theirs: str) -> None:
-    ours = load_recipe(None, [*PLAIN, *COLLAPSE, "--stage1.centers", "batch"])
-    check_branch(ours, saved(tmp_path, 1.0, *COLLAPSE, "--stage1.centers", theirs))
+    checkpoint = saved(tmp_path, 1.0, *COLLAPSE, "--stage1.centers", theirs)
+    refused = []
+    for ours in ("ema", "learned", "batch"):
+        settings = ("--stage1.centers", ours, "--stage1.feature_scale", "none")
+        try:
+            check_branch(load_recipe(None, [*PLAIN, *COLLAPSE, *settings]), checkpoint)
+        except ValueError:
+            refused.append(ours)
+    assert refused == [ours for ours in ("ema", "learned") if ours != theirs]
 
 
 def test_a_folder_that_is_no_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
