@@ -43,7 +43,8 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
                 f"{path} is missing: `resume_from_checkpoint` must be <run>/checkpoints/stage1/checkpoint-<step> of a "
                 "run of recipes/train.py."
             )
-    epoch, other = json.loads(state.read_text())["epoch"], load_recipe(other_path)
+    epoch = json.loads(state.read_text())["epoch"]
+    recipe, other = _with_defaults(recipe), _with_defaults(load_recipe(other_path))
     ours, theirs = _until(recipe, epoch), _until(other, epoch)
     wanted, kept = _centers(recipe), _centers(other)
     if recipe_digest(ours) != recipe_digest(theirs):
@@ -61,22 +62,27 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
         )
 
 
+def _with_defaults(recipe: Recipe) -> Recipe:
+    """The recipe with every setting of stage one written out."""
+    return dataclasses.replace(recipe, stage1=defaults_of("stage1") | (recipe.stage1 or {}), stage2=None)
+
+
 def _centers(recipe: Recipe) -> str:
     """The class centers of stage one, "no" without terms."""
-    stage = defaults_of("stage1") | (recipe.stage1 or {})
+    stage = recipe.stage1
     return stage["centers"] if stage["within_weight"] or stage["between_weight"] else "no"
 
 
 def _until(recipe: Recipe, epoch: float) -> Recipe:
     """What decides the weights of stage one until an epoch."""
-    stage: dict[str, Any] = defaults_of("stage1") | (recipe.stage1 or {})
+    stage = recipe.stage1
     epochs = stage["num_train_epochs"]
     if stage["class_weighting"] == "none" or resolve_epoch(stage["drw_epoch"] or 0, epochs) >= epoch:
         stage = _without(stage, REWEIGHTING)
     late = resolve_epoch(stage["start_epoch"], epochs) >= epoch and not stage["replicate_leak"]
     if late or not (stage["within_weight"] or stage["between_weight"]):
         stage = _without(stage, COLLAPSE) | {"within_weight": 0, "between_weight": 0}
-    return dataclasses.replace(recipe, stage1=stage, stage2=None)
+    return dataclasses.replace(recipe, stage1=stage)
 
 
 def _without(stage: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
