@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("source", help="folder or Hub id")
-    parser.add_argument("--data", help="short for --data.dataset")
+    parser.add_argument("--data", "--data.dataset", metavar="DATA", help="data set, as in a recipe")
     parser.add_argument("--output", type=Path, help="folder of the results and figures")
     options, rest = parser.parse_known_args(arguments)
     source = options.source
