@@ -86,5 +86,5 @@ def _until(recipe: Recipe, epoch: float) -> Recipe:
 
 
 def _without(stage: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The settings with defaults in place of some."""
+    """The settings but for some."""
     return {name: value for name, value in stage.items() if name not in names}

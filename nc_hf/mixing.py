@@ -59,7 +59,7 @@ def mix_batch(
 ) -> None:
     """Mix the images of a batch, in place, with partners from the batches of all processes, as one process would.
 
-    With both alphas above 0 each update is of one kind, by the toss of a coin.
+    With both alphas above 0 each batch is of one kind, by the toss of a coin.
 
     Args:
         accelerator: of the processes, all of which must call this with batches of one size.

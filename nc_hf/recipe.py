@@ -102,12 +102,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_digest(recipe: Recipe, data_checksum: str | None = None, model_checksum: str | None = None) -> str:
-    """16 hexadecimal digits that change with the settings that decide a run's weights, and with no others.
+    """16 hexadecimal digits that change with the settings that decide a run's weights.
 
-    They cover the data's identity, the model, both stages and the seed, but no folder, nothing of the Hub, nothing of
-    logging, saving or evaluation, and nothing that only makes the same computation faster. What the machine decides
-    is not in a recipe: the number of processes, and the precision where it is auto. Put the resolved precision into
-    the stages first where it must count.
+    They cover the data (and which split is measured), the model, both stages and the seed, but no folder, nothing of
+    the Hub, nothing of logging, saving or evaluation, and no option of the stages that only makes the same computation
+    faster. What the machine decides is not in a recipe: the number of processes, and the precision where it is auto.
+    Put the resolved precision into the stages first where it must count.
 
     Args:
         recipe: of the run.

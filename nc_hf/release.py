@@ -38,7 +38,8 @@ def build_release(
 
     Args:
         run: with `results.json`, `recipe.yaml`, and `stage1` or `stage2`.
-        folder: to write, `release` in the run when None; of one that is there, only the README keeps what it had.
+        folder: to write, `release` in the run when None. In one that is there, a person's words in the README
+            and files of other names stay.
         repo_id: Hub id that the card's examples name; they name the folder when None.
         twin: a run of the same settings without the collapse terms, for comparison.
         seeds: runs of the same recipe, each with another seed.

@@ -17,7 +17,7 @@ from nc_hf.cached_features import train_on_cached_features
 from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, nearest_class_mean, tau_normalized
 from nc_hf.models.classifier import find_head, reset_head
 from nc_hf.models.headed import replace_head
-from nc_hf.models.normalized_heads import CosineHead, ETFHead
+from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
 from nc_hf.schedule import move_to_own_group
 from nc_hf.trainer import NCTrainer
@@ -179,7 +179,7 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
                 f"`heads: {biased}` need a bias, which the model's last layer does not have. Leave them out."
             )
         return
-    if not isinstance(layer, CosineHead | ETFHead):
+    if not isinstance(layer, REPLACEABLE_HEADS):
         raise ValueError(
             f"stage two cannot replace {type(layer).__name__} by a linear head. Leave stage two out (stage2: null)."
         )

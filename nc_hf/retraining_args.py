@@ -128,7 +128,7 @@ def check_stages(stage1: NCTrainingArguments, stage2: RetrainingArguments, has_v
         has_validation: whether there are images to choose tau on, which may then be anything from 0.
 
     Raises:
-        ValueError: for `logit_adjusted` with tau 1 after a stage one that corrects the prior.
+        ValueError: for `logit_adjusted` after a stage one that corrects the prior, where nothing chooses a tau but 1.
     """
     by = {"class_weighting": stage1.class_weighting != "none", "sampler": stage1.sampler in LEVELLING_SAMPLERS}
     by["loss"] = stage1.loss in PRIOR_LOSSES

@@ -98,7 +98,7 @@ def trainer_steps(options: argparse.Namespace, images: Any) -> tuple[float, floa
 
 
 def arguments(options: argparse.Namespace, **settings: Any) -> NCTrainingArguments:
-    """The paper's CIFAR settings, with mixup and without saving."""
+    """Settings of the authors' code for CIFAR but the learning rate, without saving."""
     return NCTrainingArguments(
         per_device_train_batch_size=options.batch_size,
         optim="sgd",

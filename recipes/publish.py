@@ -5,7 +5,8 @@
     python recipes/publish.py dataset recipes/cifar10_lt/nc_drw_crt.yaml user/cifar10-lt --data.data_dir <folder>
     python recipes/publish.py --all                                  # every model of model_cards/, to your namespace
 
-The token is that of `hf auth login`. A README that somebody edited on the Hub keeps what stands outside our marks.
+The token is that of `hf auth login`. A README that somebody edited on the Hub keeps
+what stands outside our marks, and metadata of other names than ours.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def load_images(
     seed: int = 0,
     on_bad_image: Literal["error", "skip"] = "error",
 ) -> ImageSet:
-    """The image set of one split, resident when its images fit in memory decoded.
+    """The image set of one split, resident when its images fit in memory and are augmented as batches.
 
     Args:
         dataset: with an image column and a label column.

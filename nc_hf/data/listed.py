@@ -76,7 +76,7 @@ class ListedBuilder(LongTailBuilder):
 
         Raises:
             FileNotFoundError: for a missing folder, list or image.
-            ValueError: for a list with the official number of lines but other class counts.
+            ValueError: for a list with the official number of lines but other class counts, or several that fit.
         """
         benchmark, root = self.benchmark, Path(self.config.data_dir or "")
         if self.config.data_dir is None or not root.is_dir():

@@ -59,6 +59,7 @@ def folder_source(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
 
     Raises:
         FileNotFoundError: when a split is not there; the message says what was looked for and what was found.
+        ValueError: for a file that cannot be read.
     """
     if not data_dir.is_dir():
         raise FileNotFoundError(f"`data_dir` {data_dir} is no folder. It must hold the images of {benchmark.name}.")

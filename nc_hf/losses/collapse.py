@@ -145,7 +145,8 @@ class NeuralCollapseLoss(nn.Module):
 
     Raises:
         ValueError: for a negative weight, an unknown choice, K < 2, a momentum outside [0, 1), features that cannot be
-            split among the experts, or learned centers without L_W (L_B alone would never reach the features).
+            split among the experts, or learned centers without L_W (L_B alone would never reach the features) or with
+            `feature_scale="rms"`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from torch import nn
 from nc_hf.models.experts import ExpertsHead
 from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
 from nc_hf.models.headed import renew_head
-from nc_hf.models.normalized_heads import CosineHead, ETFHead
+from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
 from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config
 
 __all__ = [
@@ -67,9 +67,8 @@ def load_classifier(
         folder without one).
 
     Raises:
-        ValueError: for a name that is no model, a folder that does not pass the checks of `saved_folder`, or arguments
-            that do not fit.
-        RuntimeError: for a folder of an architecture that timm does not know.
+        ValueError: for a name that is no model, a folder of an architecture that timm does not know or that does not
+            pass the checks of `saved_folder`, or arguments that do not fit.
         FileNotFoundError: for a Hub id that cannot be read.
     """
     if label_names is not None:
@@ -85,7 +84,7 @@ def load_classifier(
     if is_timm_config(config):
         if not timm.is_model(config["architecture"]):
             name = config["architecture"]
-            raise RuntimeError(f"Unknown model {name!r} in {folder}. Import the package that has it, or upgrade timm.")
+            raise ValueError(f"Unknown model {name!r} in {folder}. Import the package that has it, or upgrade timm.")
         try:
             return _load_timm(f"local-dir:{folder}", num_labels, label_names, True, image_size, model_args)
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -304,8 +303,8 @@ def _num_labels(model: nn.Module) -> int:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kinds = nn.Linear | CosineHead | ETFHead | ExpertsHead
-    return isinstance(module, kinds) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+    return pointwise or isinstance(module, (*REPLACEABLE_HEADS, ExpertsHead))
 
 
 def feature_dim(head: nn.Module) -> int:

@@ -113,6 +113,7 @@ HEADS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "cosine": (CosineHead, ("scale",)),
     "etf": (ETFHead, ("seed", "norm")),
 }
+REPLACEABLE_HEADS = tuple(head_class for head_class, _ in HEADS.values())
 
 
 def set_head(model: nn.Module, head_name: str, kind: HeadKind, **settings: Any) -> nn.Module:
@@ -141,7 +142,7 @@ def set_head(model: nn.Module, head_name: str, kind: HeadKind, **settings: Any) 
             f"a {kind} head has no setting {', '.join(unknown)}. Its settings: {', '.join(known) or 'none'}."
         )
     old = model.get_submodule(head_name)
-    if not isinstance(old, nn.Linear | CosineHead | ETFHead):
+    if not isinstance(old, REPLACEABLE_HEADS):
         raise ValueError(
             f"{head_name!r} of {type(model).__name__} is {type(old).__name__}; only a linear, cosine or ETF head "
             "can be replaced. Choose a model that ends in a linear layer."

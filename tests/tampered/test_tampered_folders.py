@@ -266,7 +266,7 @@ def test_arguments_for_another_number_of_classes_are_refused(of_timm):
 
 def test_an_unknown_architecture_is_named(of_timm):
     edit(of_timm, lambda config: config.update(architecture="evil_net"))
-    assert_refused(of_timm, "Unknown model 'evil_net' in .* Import the package that has it", error=RuntimeError)
+    assert_refused(of_timm, "Unknown model 'evil_net' in .* Import the package that has it")
     for elsewhere in ("hf-hub:evil/net", "local-dir:evil"):
         edit(of_timm, lambda config, name=elsewhere: config.update(architecture=name, model_args=None))
         assert_refused(of_timm, f"has the architecture '{elsewhere}'. It must be a name")
