@@ -26,6 +26,7 @@ class Setting:
         ratio: imbalance ratio; None for data that are as they are.
         recipes: folder of its recipes.
         overrides: that make it from the data of these, as `load_recipe` takes them.
+        variant: tells its results from others on the same data.
     """
 
     title: str
@@ -33,11 +34,13 @@ class Setting:
     ratio: int | None = None
     recipes: str = ""
     overrides: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def folder(self) -> str:
         """Of its results."""
-        return self.dataset if self.ratio is None else f"{self.dataset}_r{self.ratio}"
+        ratio = "" if self.ratio is None else f"r{self.ratio}"
+        return "_".join(filter(None, (self.dataset, ratio, self.variant)))
 
     @property
     def is_balanced(self) -> bool:
@@ -79,7 +82,6 @@ class Table:
         metrics: titles by key of a head in `results.json`, or by `"noise 0.1"` for accuracy under noise.
         order: what the paper claims, as names with `<` and `<=` between them.
         note: what a reader must know of the printed numbers.
-        epochs: of stage one, where nobody asks for others; those of each recipe when None.
     """
 
     title: str
@@ -89,7 +91,6 @@ class Table:
     metrics: Mapping[str, str] = field(default_factory=lambda: {"accuracy": "top-1"})
     order: tuple[str, ...] = ()
     note: str = ""
-    epochs: float | None = None
 
 
 CIFAR10 = Setting("CIFAR-10", "cifar10", None, "cifar10_lt", BALANCED)

@@ -21,6 +21,7 @@ from nc_hf.paper_figures import FIGURES
 from nc_hf.paper_tables import TABLES as PAPER_TABLES
 from nc_hf.paper_tables import Row, Setting
 from nc_hf.recipe import Recipe, load_recipe, recipe_digest
+from nc_hf.recipe_sections import defaults_of
 from nc_hf.results import read_results, write_results
 
 MEANS = "class_means"
@@ -120,8 +121,9 @@ def plan_row(setting: Setting, row: Row, recipes: Path, results: Path, epochs: f
     method = row.balanced if row.balanced and setting.is_balanced else row.method
     stem = method if row.recipe is None else row.recipe
     path = recipes / setting.recipes / f"{stem}.yaml"
-    if epochs is not None and path.is_file() and epochs == (load_recipe(path).stage1 or {}).get("num_train_epochs"):
-        epochs = None
+    if epochs is not None and path.is_file():
+        own = load_recipe(path, setting.overrides).stage1 or {}
+        epochs = None if epochs == own.get("num_train_epochs") else epochs
     folder = results / setting.folder / (method if epochs is None else f"{method}_{epochs:g}_epochs")
     return Plan(setting, row, path, folder, epochs)
 
@@ -153,10 +155,12 @@ def collect_run(run: Path, target: Path) -> None:
 
     Raises:
         FileNotFoundError: for a run that is not finished.
+        ValueError: as `check_batches`.
     """
     from safetensors.torch import save_file
 
-    (results, _), earlier, means = read_run(run), read_results(target), class_means_of(run)
+    (results, recipe), earlier, means = read_run(run), read_results(target), class_means_of(run)
+    check_batches(run, recipe, results)
     same = earlier.get("recipe_digest") == results["recipe_digest"]
     if noise := read_results(run / "noise.json").get("noise", earlier.get("noise") if same else None):
         results["noise"] = noise
@@ -165,6 +169,24 @@ def collect_run(run: Path, target: Path) -> None:
         save_file({MEANS: means.float()}, target.with_suffix(".safetensors"))
         shutil.copymode(run / "results.json", target.with_suffix(".safetensors"))
     write_results(target, {name: value for name, value in results.items() if name != "schema"})
+
+
+def check_batches(run: Path, recipe: Recipe, results: dict[str, Any]) -> None:
+    """Refuse a run on another number of processes than its recipe expects, which had other batches.
+
+    Raises:
+        ValueError: when images an update differ.
+    """
+    for stage, trained in results["training"].items():
+        settings = defaults_of(stage) | (getattr(recipe, stage) or {})
+        batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+        batch *= settings["expected_processes"] or 1
+        if trained.get("batch", batch) != batch:
+            raise ValueError(
+                f"{stage} of {run} was trained in batches of {trained['batch']} on {trained['processes']} processes, "
+                f"and its recipe is of {batch}: it is no result of that recipe. Divide per_device_train_batch_size by "
+                "the number of processes, and set expected_processes."
+            )
 
 
 def plan_of_run(run: Path, recipes: Path, results: Path) -> tuple[Plan, int] | None:

@@ -140,10 +140,19 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
         stage = defaults_of("stage1") | recipe.stage1
         parts["batch"] = f"batch {stage['per_device_train_batch_size'] * (stage['expected_processes'] or 1)}"
         parts["optimizer"] = f"{stage['optim']} {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}"
+        if stage["lr_milestones"]:
+            milestones = " and ".join(f"{milestone:g}" for milestone in stage["lr_milestones"])
+            parts["schedule"] = f"learning rate times {stage['lr_decay']:g} at {milestones}"
+        else:
+            parts["schedule"] = "cosine" if stage["lr_cosine"] else f"{stage['lr_scheduler_type']} schedule"
         parts["mixup"] = f"mixup {stage['mixup_alpha']:g}"
         if stage["cutmix_alpha"]:
             parts["cutmix"] = f"CutMix {stage['cutmix_alpha']:g}"
         parts["loss"] = f"loss {stage['loss']}"
+        if stage["label_smoothing_factor"]:
+            parts["smoothing"] = f"labels smoothed by {stage['label_smoothing_factor']:g}"
+        for name in ("loss_settings", "objective_settings"):
+            parts |= {f"{name}.{key}": f"{key} {value}" for key, value in stage[name].items()}
         if stage["sampler"] != "instance":
             parts["sampler"] = f"{stage['sampler']} sampling"
         if stage["class_weighting"] != "none":
@@ -156,9 +165,25 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
             kind = {"mean": "", "images": " as center loss"}.get(stage["within_reduction"], " as a sum")
             parts["terms"] = f"{weights}{kind * bool(terms['L_W'])}, {stage['centers']} centers"
     if head != "base" and recipe.stage2 is not None:
-        epochs = (defaults_of("stage2") | recipe.stage2)["num_train_epochs"]
-        parts["stage2"] = f"{head} {epochs:g} epochs" if head in TRAINED_HEADS else f"{head}, computed"
+        parts["stage2"] = _second_stage(recipe, head) if head in TRAINED_HEADS else f"{head}, computed"
     return parts
+
+
+def _second_stage(recipe: Recipe, head: str) -> str:
+    """How a head was trained."""
+    usual = defaults_of("stage2")
+    stage = usual | recipe.stage2
+    parts = [f"{head} {stage['num_train_epochs']:g} epochs", f"weight decay {stage['weight_decay']:g}"]
+    if stage["sampler"] != usual["sampler"]:
+        parts.append(f"{stage['sampler']} sampling")
+    if stage["class_weighting"] != "none":
+        parts.append(f"{stage['class_weighting']} weights")
+    for name in ("loss", "learning_rate", "lws_weight_factor", "head_init", "max_norm_threshold"):
+        if stage[name] != usual[name]:
+            parts.append(f"{name} {stage[name]}")
+    if stage["match_base_norm"]:
+        parts.append("norm of stage one's")
+    return f"{parts[0]} ({', '.join(parts[1:])})"
 
 
 def _claims(table: Table, setting: Setting, plans: Mapping[str, Plan], ours: Mapping[str, float]) -> list[str]:

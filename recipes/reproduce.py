@@ -105,7 +105,7 @@ def plan_tables(parser: argparse.ArgumentParser, options: argparse.Namespace, ta
         parser.error(f"{options.what} has no row {', '.join(unknown)}; its rows are {', '.join(table.rows)}")
     options.plans = {
         setting: {
-            name: plan_row(setting, table.rows[name], options.recipes, options.results, options.epochs or table.epochs)
+            name: plan_row(setting, table.rows[name], options.recipes, options.results, options.epochs)
             for name in (options.rows or table.rows)
         }
         for setting in table.settings

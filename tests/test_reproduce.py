@@ -76,13 +76,31 @@ def test_mislas_has_its_own_settings_at_each_ratio():
     }
 
 
-def test_methods_show_the_runs_of_the_papers_tables(tmp_path):
-    plan = plan_for("NC-DRW-cRT", tmp_path, epochs=30)
-    store(plan, measured(plan, 0, 0.7))
+def test_methods_of_one_backbone_come_from_one_run_on_a_schedule_of_their_own(tmp_path):
     methods = TABLES["methods"]
-    plans = {name: plan_for(name, tmp_path, methods, epochs=30) for name in ("CE-DRW + NC", "DRW-cRT + NC")}
-    text = render_table(methods, CIFAR10_LT, plans)
-    assert [cells(text, name)[3] for name in plans] == ["70.0", "71.0"]
+    (short,) = methods.settings
+    plans = {name: plan_for(name, tmp_path, methods, short) for name in ("CE-DRW + NC", "DRW-cRT + NC")}
+    plan = plans["DRW-cRT + NC"]
+    assert plan.folder == tmp_path / "cifar10_lt_r100_30_epochs" / "ce_drw_crt_nc"
+    stage = plan.recipe().stage1
+    assert [stage[name] for name in ("num_train_epochs", "warmup_epochs", "within_weight")] == [30, 5, 0.01]
+    store(plan, measured(plan, 0, 0.7))
+    assert [cells(render_table(methods, short, plans), name)[3] for name in plans] == ["70.0", "71.0"]
+    assert plan_row(short, methods.rows["DRW-cRT + NC"], RECIPES, tmp_path, epochs=30) == plan
+
+
+def test_a_run_in_other_batches_than_its_recipe_is_not_collected(tmp_path):
+    plan, run = plan_for("CE-DRW", tmp_path / "results"), tmp_path / "run"
+    finished_run(run, plan)
+    for seed, (batch, processes) in enumerate([(128, 1), (512, 4)]):
+        training = {"stage1": {"batch": batch, "processes": processes}}
+        write_results(run / "results.json", measured(plan) | {"training": training})
+        if processes == 1:
+            collect_run(run, plan.target(seed))
+        else:
+            with pytest.raises(ValueError, match="in batches of 512 on 4 processes, and its recipe is of 128"):
+                collect_run(run, plan.target(seed))
+    assert plan.target(0).exists() and not plan.target(1).exists()
 
 
 def test_balanced_data_have_results_of_their_own():
