@@ -1,4 +1,4 @@
-"""Which checkpoint to resume from: the newest one that was written to its end."""
+"""Which checkpoint to resume from, the newest one that was written to its end, and whether this run may."""
 
 from __future__ import annotations
 
@@ -7,33 +7,83 @@ import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from nc_hf.deciding_settings import decides_weights
+
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
+PASSING = (MARKER, "checkpoint-is-incomplete.txt")  # the second is there while `Trainer` saves upon SIGTERM
 
 
-def mark_complete(folder: Path) -> None:
-    """Write the names and sizes (bytes) of a checkpoint's files, as the last of its files."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    sizes.pop(MARKER, None)
+def mark_complete(folder: Path, run: dict[str, Any]) -> None:
+    """Write the names and sizes (bytes) of a checkpoint's files, as the last of its files.
+
+    Args:
+        folder: of the checkpoint.
+        run: what `check_resume` compares.
+    """
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in PASSING]
     partial = folder / f"{MARKER}.partial"
-    partial.write_text(json.dumps(sizes, indent=1))
+    partial.write_text(json.dumps({"files": {path.name: path.stat().st_size for path in paths}, "run": run}, indent=1))
     partial.replace(folder / MARKER)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether every file that the marker names is there with its size."""
     try:
-        sizes = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
+        sizes = json.loads((folder / MARKER).read_text())["files"]
+    except (OSError, ValueError, KeyError):
         return False
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+
+
+def check_resume(folder: Path, run: dict[str, Any], same_run: bool) -> None:
+    """Refuse to go on from a checkpoint of other data or another number of updates an epoch.
+
+    Args:
+        folder: of the checkpoint. One of a plain `Trainer` says nothing of its run and is not compared.
+        run: `class_counts`, `updates_per_epoch`, `processes` and `arguments`, as `mark_complete` was given them.
+        same_run: name what else differs in a warning; a branch differs on purpose.
+
+    Raises:
+        ValueError: when class counts or updates an epoch differ.
+    """
+    if not (folder / MARKER).is_file():
+        return
+    before = json.loads((folder / MARKER).read_text())["run"]
+    if before["class_counts"] != run["class_counts"]:
+        raise ValueError(
+            f"{folder} was trained on images of the class counts {_short(before['class_counts'])}, and these are "
+            f"{_short(run['class_counts'])}. Give the same data, or another output_dir to start afresh."
+        )
+    if before["updates_per_epoch"] != run["updates_per_epoch"]:
+        raise ValueError(
+            f"{folder} was trained with {before['updates_per_epoch']} updates an epoch on {before['processes']} "
+            f"process(es), and now there are {run['updates_per_epoch']} on {run['processes']}: epochs would be "
+            "miscounted. Choose per_device_train_batch_size and gradient_accumulation_steps for the same batch."
+        )
+    settings = [{**one["arguments"], "processes": one["processes"]} for one in (before, run)]
+    old, new = ({name: value for name, value in one.items() if decides_weights(name)} for one in settings)
+    changed = [f"{name} {old.get(name)} (now {new.get(name)})" for name in new if old.get(name) != new[name]]
+    if same_run and changed:
+        logger.warning(
+            "%s was saved with other settings: %s. What follows is not what either would have given from the start.",
+            folder,
+            ", ".join(changed),
+        )
+
+
+def _short(counts: list[int] | None) -> str:
+    if counts is None:
+        return "not known"
+    return str(counts) if len(counts) <= 10 else f"{str(counts[:10])[:-1]}, …] ({len(counts)} classes)"
 
 
 def newest_complete(output_dir: str | Path) -> str | None:
@@ -51,7 +101,8 @@ def newest_complete(output_dir: str | Path) -> str | None:
         if is_complete(folder):
             found = [str(folder)]
             break
-        logger.warning("%s was not written to its end and is skipped.", folder)
+        if PartialState().is_main_process:
+            logger.warning("%s was not written to its end and is skipped.", folder)
     return broadcast_object_list(found, from_process=0)[0]
 
 
@@ -82,7 +133,7 @@ def check_disk_space(folder: Path, model: nn.Module, kept: int) -> None:
     """Make sure that checkpoints will fit on the disk, before the first of them is due.
 
     Args:
-        folder: existing, where they go.
+        folder: existing, where they go; those that lie there already need no more room.
         model: to be trained.
         kept: checkpoints kept at a time; one more lies beside them while it is written.
 
@@ -90,7 +141,8 @@ def check_disk_space(folder: Path, model: nn.Module, kept: int) -> None:
         OSError: when less is free than weights and two numbers a weight of the optimizer take.
     """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    needed, free = 3 * weights * (kept + 1), shutil.disk_usage(folder).free
+    there = sum(path.stat().st_size for path in folder.glob("**/checkpoint-*/*") if path.is_file())
+    needed, free = 3 * weights * (kept + 1) - there, shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"checkpoints in {folder} may take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room, "

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nc_hf.deciding_settings import decides_weights
 from nc_hf.recipe_file import parse_text, read_entries, write_yaml
 from nc_hf.recipe_sections import (
     SECTIONS,
@@ -28,6 +29,7 @@ __all__ = [
     "HubConfig",
     "ModelConfig",
     "Recipe",
+    "differences",
     "dump_recipe",
     "load_recipe",
     "recipe_digest",
@@ -36,30 +38,6 @@ __all__ = [
 # The digest leaves out what has its default value, so that a new setting leaves the digests of old results alone.
 # Raise this when a default, or what a setting means, changes.
 DIGEST_VERSION = 1
-
-UNTOLD_PREFIXES = ("logging_", "log_level", "save_", "eval_", "per_device_eval_", "trackio_", "do_")
-UNTOLD = (
-    "batch_eval_metrics",
-    "channels_last",
-    "dataloader_multiprocessing_context",
-    "dataloader_num_workers",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "ddp_timeout",
-    "disable_tqdm",
-    "include_for_metrics",
-    "log_on_each_node",
-    "prediction_loss_only",
-    "project",
-    "report_to",
-    "resume_from_checkpoint",
-    "run_name",
-    "skip_memory_metrics",
-    "torch_compile",
-    "torch_compile_backend",
-    "torch_compile_mode",
-)
 
 
 class _Setting(NamedTuple):
@@ -125,11 +103,28 @@ def recipe_digest(recipe: Recipe, data_checksum: str | None = None, model_checks
     for stage in STAGES:
         settings, defaults = getattr(recipe, stage), defaults_of(stage)
         told[stage] = settings and {
-            name: value
-            for name, value in settings.items()
-            if value != defaults[name] and not name.startswith(UNTOLD_PREFIXES) and name not in UNTOLD
+            name: value for name, value in settings.items() if value != defaults[name] and decides_weights(name)
         }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """The settings in which two recipes differ and that decide weights, such as `"seed 0 (now 1)"`."""
+    old, new = _flat(before), _flat(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return [f"{name} {old.get(name)} (now {new.get(name)})" for name in names]
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Settings that decide weights by `section.name`."""
+    flat: dict[str, Any] = {"seed": recipe.seed}
+    for section in ("model", "data"):
+        flat |= {f"{section}.{name}": value for name, value in vars(getattr(recipe, section)).items()}
+    for stage in STAGES:
+        if (settings := getattr(recipe, stage)) is not None:
+            settings = {**defaults_of(stage), **settings}
+            flat |= {f"{stage}.{name}": value for name, value in settings.items() if decides_weights(name)}
+    return flat
 
 
 def _changed(config: Any, default: Any) -> dict[str, Any]:

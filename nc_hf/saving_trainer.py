@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
 
-from nc_hf.checkpoints import check_agreement, check_names, mark_complete, newest_complete
+from nc_hf.checkpoints import (
+    MARKER,
+    check_agreement,
+    check_disk_space,
+    check_names,
+    check_resume,
+    mark_complete,
+    newest_complete,
+)
 from nc_hf.hub import label_names_of, save_pretrained
 from nc_hf.model_card import ACCURACIES, write_card
 from nc_hf.publishing import PushError, check_access, check_folder, push_folder
@@ -35,6 +45,9 @@ class SavingTrainer(Trainer):
     task: ClassificationTask
     class_names: Any
     class_counts: Any
+    num_epochs: float
+    updates_per_epoch: int
+    _resumed: Path | None = None
     _pusher: ThreadPoolExecutor | None = None
     _push: Future | None = None  # the last one
 
@@ -48,6 +61,10 @@ class SavingTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir) or self.args.resume_from_checkpoint
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            check_disk_space(Path(self.args.output_dir), self.task, self.args.save_total_limit or 1)
         if kwargs.get("trial") is not None:  # `Trainer` makes the model before it sets the arguments of the trial
             self._hp_search_setup(kwargs["trial"])
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -60,10 +77,46 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if (collapse := self.task.collapse) is not None and collapse.mode != "batch":
             check_agreement(self.accelerator, collapse.centers.detach())
-        super()._save_checkpoint(model, trial)
+        runs = Path(self._get_output_dir(trial))
+        folder, limit = runs / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        if self.args.should_save:
+            (folder / MARKER).unlink(missing_ok=True)  # of an earlier run
+        self.args.save_total_limit = None  # the oldest one goes when this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            error.add_note(f"{folder} could not be written and is removed; complete checkpoints before it are kept.")
+            raise
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            mark_complete(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+            mark_complete(folder, self._run_facts())
+            rotate_checkpoints(str(runs), limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What a checkpoint is compared by when a run goes on from it."""
+        return {
+            "class_counts": None if self.class_counts is None else self.class_counts.tolist(),
+            "updates_per_epoch": self.updates_per_epoch,
+            "processes": self.args.world_size,
+            "arguments": json.loads(self.args.to_json_string()),
+        }
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
+        """Also keeps the number of epochs and of updates an epoch, and compares them with those of the checkpoint.
+
+        Raises:
+            ValueError: as `check_resume`.
+        """
+        values = super().set_initial_training_values(args, dataloader)
+        self.num_epochs, self.updates_per_epoch = values[0], values[1]
+        if self._resumed is not None:
+            same_run = self._resumed.resolve().parent == Path(args.output_dir).resolve()
+            check_resume(self._resumed, json.loads(json.dumps(self._run_facts())), same_run)
+        return values
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         state = self.task.state_dict() if state_dict is None else state_dict

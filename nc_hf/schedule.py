@@ -15,8 +15,9 @@ from nc_hf.training_args import NCTrainingArguments, resolve_epoch
 def learning_rate_factor(args: NCTrainingArguments, num_epochs: float) -> Callable[[int], float]:
     """Factor on the learning rate during 0-based epoch e, constant within it.
 
-    Warm-up is (e + 1) / warmup_epochs, as in LDAM-DRW and the authors' code; milestones are the paper's (the authors'
-    code steps its scheduler five epochs late); the cosine goes to 0 over all epochs.
+    Warm-up is (e + 1) / warmup_epochs, as in LDAM-DRW and the authors' code, so one epoch of it changes nothing;
+    milestones are the paper's (the authors' code steps its scheduler five epochs late); the cosine goes to 0 over all
+    epochs.
 
     Args:
         args: with `lr_milestones` or `lr_cosine`.
@@ -45,6 +46,7 @@ def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_
     """
     batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     parts = [
+        f"learning rate {args.learning_rate:g}",
         f"global batch {batch} = {args.per_device_train_batch_size} x {args.world_size} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated",
         f"{args.max_steps} updates" if args.max_steps > 0 else f"{num_epochs:g} epochs of {updates_per_epoch} updates",
@@ -59,7 +61,8 @@ def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_
             "learning rate falls at " + ", ".join(f"{resolve_epoch(m, num_epochs):g}" for m in args.lr_milestones)
         )
     if args.warmup_epochs:
-        parts.append(f"{resolve_epoch(args.warmup_epochs, num_epochs):g} epochs of warm-up")
+        warmup = resolve_epoch(args.warmup_epochs, num_epochs)
+        parts.append(f"{warmup:g} epochs of warm-up" if warmup > 1 else "no warm-up: it takes two epochs or more")
     return "; ".join(parts)
 
 

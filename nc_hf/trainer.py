@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, default_data_collator
 
-from nc_hf.labels import counts_of, labels_of, names_of
+from nc_hf.labels import check_labels, counts_of, labels_of, names_of
 from nc_hf.metrics.geometry import class_means
 from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
@@ -116,13 +116,8 @@ class NCTrainer(SavingTrainer):
         self._enter_epoch()
         counts = torch.zeros(self.task.num_classes, device=device)
         for batch in batches:
-            labels = batch["labels"]
-            if labels.ndim != 1 or labels.is_floating_point():
-                raise ValueError(
-                    f"`labels` must be one integer an image, got {tuple(labels.shape)} of {labels.dtype}. To mix "
-                    "images, set mixup_alpha instead of mixing in the data set."
-                )
-            labels = self.task.counted_labels(labels)
+            check_labels(batch["labels"], self.task.num_classes)
+            labels = self.task.counted_labels(batch["labels"])
             counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
@@ -177,7 +172,14 @@ class NCTrainer(SavingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch forward and backward; stops all processes before the update if a loss is not finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            error.add_note(
+                "Halve per_device_train_batch_size and double gradient_accumulation_steps: an update then has the "
+                "same images, but class means of `ema` and `batch` centers are of half as many (`learned`: the same)."
+            )
+            raise
         self._finite = getattr(self, "_finite", True) & torch.isfinite(loss)
         if self.accelerator.sync_gradients:
             finite = self.accelerator.reduce(self._finite.float(), "sum") == self.accelerator.num_processes
@@ -247,9 +249,8 @@ class NCTrainer(SavingTrainer):
             args.dataloader_drop_last, args.dataloader_persistent_workers = before
 
     def set_initial_training_values(self, args: NCTrainingArguments, dataloader: Any) -> tuple:
-        """Also keeps the number of epochs and of updates an epoch, which schedules need."""
+        """As in `SavingTrainer`; says in one line what the run will be."""
         values = super().set_initial_training_values(args, dataloader)
-        self.num_epochs, self.updates_per_epoch = values[0], values[1]
         if args.max_steps > 0:
             args.warn_about_late_epochs(self.num_epochs)
         logger.info("%s", describe_schedule(args, self.num_epochs, self.updates_per_epoch))

@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> None:
     known = results.get("recipe_digest") or ((run / "digest").read_text() if started else None)
     if known not in (None, digest):
         raise SystemExit(
-            f"{run} holds a run of another recipe (digest {known}, this one is {digest}). "
-            "Choose another --name or --output_dir, or remove that folder."
+            f"{run} holds a run of another recipe or other data (digest {known}, this one is {digest}"
+            f"{differences_of(run, recipe)}). Choose another --name or --output_dir, or remove that folder."
         )
     if state.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
@@ -77,11 +77,19 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(failed)
 
 
+def differences_of(run: Path, recipe: Any) -> str:
+    """In which settings a recipe differs from that of a run's folder, where that can be told."""
+    from nc_hf.recipe import differences, load_recipe
+
+    path = run / "recipe.yaml"
+    found = differences(load_recipe(path), recipe) if path.is_file() else []
+    return "".join(f"; {line}" for line in found)
+
+
 def run_stages(
     recipe: Any, run: Path, stages: dict[str, Any], splits: Any, results: dict[str, Any], state: Any
 ) -> dict[str, Any]:
     """Train and measure the stages that have no results yet; what can be refused is refused before."""
-    from nc_hf.checkpoints import check_disk_space
     from nc_hf.models.classifier import find_head
     from nc_hf.results import write_results
     from nc_hf.retraining import check_heads
@@ -92,8 +100,6 @@ def run_stages(
         check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
         if "stage1" in stages:
             check_stages(*stages.values(), has_validation="validation" in splits)
-    if state.is_main_process:
-        check_disk_space(run, model, kept=next(iter(stages.values())).save_total_limit or 1)
     heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
     if "heads" not in results:
         results = start_results(recipe, images, results["recipe_digest"], sum(heads.values(), []))
@@ -211,17 +217,21 @@ def train_stage(
     stage: str, args: Any, recipe: Any, run: Path, images: dict[str, Any], model: Any, processor: Any
 ) -> tuple[Any, dict[str, float]]:
     """Train one stage, resumed where it was interrupted: its trainer, and what results.json says of the training."""
+    from transformers.trainer_utils import IntervalStrategy
+
     from nc_hf.checkpoints import newest_complete
     from nc_hf.collapse_callback import CollapseCallback
+    from nc_hf.interruption import SaveOnSignal
     from nc_hf.models.classifier import load_classifier
     from nc_hf.retraining import retrain_classifier
     from nc_hf.run_log import RunLog
     from nc_hf.trainer import NCTrainer
 
     log = RunLog(run / "log.jsonl", stage)
-    shared = {"head": recipe.model.head, "processing_class": processor, "callbacks": [log]}
+    shared = {"head": recipe.model.head, "processing_class": processor, "callbacks": [log, SaveOnSignal()]}
     if "validation" in images:
-        args.eval_strategy = args.logging_strategy
+        if args.eval_strategy == "no":
+            args.eval_strategy = IntervalStrategy.EPOCH
         shared |= {"eval_dataset": images["validation"], "compute_metrics": validation_metrics(recipe, images)}
     folders = [args.output_dir, *(f"{args.output_dir}/{head}" for head in heads_of(stage, args))]
     started, resumed = time.perf_counter(), any([newest_complete(folder) for folder in folders])
@@ -242,6 +252,8 @@ def train_stage(
         speed.pop("train_seconds", None)
     if stage == "stage1" and (branch := args.resume_from_checkpoint):
         wall["branched_at_epoch"] = int(Path(branch).name.rpartition("-")[2]) / trainer.updates_per_epoch
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        wall["best_epoch"] = trainer.state.best_global_step / trainer.updates_per_epoch
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return trainer, wall | speed | {"batch": batch, "processes": args.world_size}
 

@@ -116,8 +116,27 @@ def test_the_same_command_again_shows_the_table_without_training(folder, straigh
 
 
 def test_another_recipe_in_the_same_folder_is_refused(straight, train):
-    with pytest.raises(SystemExit, match="holds a run of another recipe"):
-        train("--stage1.num_train_epochs", "4", "--name", "straight")
+    with pytest.raises(SystemExit, match=r"another recipe or other data.*; stage1.num_train_epochs 3.0 \(now 4.0\)\)"):
+        train("--stage1.num_train_epochs", "4", "--stage2.num_train_epochs", "2", "--name", "straight")
+
+
+def test_stage_two_runs_alone_from_a_folder(folder, straight):
+    options = ["--model.name", "out/straight/stage1", "--model.image_size", "null", "--stage1", "null"]
+    done = run(folder, "train.py", *options, "--stage2.heads", "[tau_norm, crt]", *SHORT[2:], "--name", "alone")
+    assert "444 images, 10 classes of 128 to 6, ratio 21.33" in done.stdout
+    assert "classes with many: 1, medium: 5, few: 4 training images" in done.stdout
+    results = json.loads((folder / "out/alone/results.json").read_text())
+    assert set(results["heads"]) == {"tau_norm", "crt"} and set(results["training"]) == {"stage2"}
+    config = json.loads((folder / "out/alone/stage2/config.json").read_text())
+    assert config["nc_hf"]["active_head"] == "tau_norm"
+
+
+def test_a_validation_split_is_measured_when_asked_for(folder):
+    often = ["--stage1.eval_strategy", "steps", "--stage1.eval_steps", "5", "--stage2", "null"]
+    data = ["--data.validation_fraction", "0.2", "--stage1.num_train_epochs", "1"]
+    run(folder, "train.py", *often, *data, "--name", "validated")
+    records = [json.loads(line) for line in (folder / "out/validated/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_accuracy" in record] == [5, 10, 12]
 
 
 def test_a_killed_run_resumes_to_the_same_results(folder, straight, train):

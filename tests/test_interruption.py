@@ -1,0 +1,87 @@
+"""A signal between two updates: the run is saved, ends with that exit code, and goes on as if nothing were."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_images import SmallImages
+from small_runs import arguments, network
+from test_train_recipe import command, finish, start
+from transformers import TrainerCallback
+
+from nc_hf import interruption
+from nc_hf.checkpoints import is_complete
+from nc_hf.interruption import SaveOnSignal
+from nc_hf.trainer import NCTrainer
+
+
+class Raise(TrainerCallback):
+    """Signals to this process while an update runs."""
+
+    def __init__(self, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+def trainer(folder: Path, *callbacks: TrainerCallback) -> NCTrainer:
+    return NCTrainer(network(), arguments(folder), train_dataset=SmallImages(), callbacks=list(callbacks))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path, number):
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    before = signal.getsignal(number)
+    stopped = trainer(tmp_path / "stopped", Raise(5, number, number), SaveOnSignal())  # as launchers pass it on
+    with pytest.raises(SystemExit) as exit:
+        stopped.train()
+    assert exit.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert is_complete(tmp_path / "stopped" / "checkpoint-5")
+    resumed = trainer(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    for (name, a), b in zip(straight.task.state_dict().items(), resumed.task.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_later_second_signal_ends_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "AGAIN", -1.0)
+    stopped = trainer(tmp_path, Raise(5, signal.SIGINT, signal.SIGINT), SaveOnSignal())
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_in_the_last_update_lets_the_run_end(tmp_path):
+    done = trainer(tmp_path, Raise(12, signal.SIGTERM), SaveOnSignal())
+    done.train()
+    assert done.state.global_step == done.state.max_steps == 12
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")
+def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [*launch, *command("train.py", "--name", "stopped", "--stage1.expected_processes", "2")[2:]]
+    arguments += ["--stage1.num_train_epochs", "12", "--stage2", "null"]
+    process = start(tmp_path, arguments)
+    checkpoints = tmp_path / "out/stopped/checkpoints/stage1"
+    while not list(checkpoints.glob("checkpoint-*/complete.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode
+    assert "stopped and saved after" in output
+    steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.iterdir() if is_complete(path))
+    assert f"stopped and saved after {steps[-1]} of" in output
+    assert not (tmp_path / "out/stopped/results.json").exists()
+    assert f"checkpoint-{steps[-1]}" in finish(start(tmp_path, arguments)).stdout
