@@ -1,4 +1,4 @@
-"""What a model card says in words: the data, the size of the images, the training, and whom to cite."""
+"""What a model card says in words: the data, the size of the images, and the training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from safetensors import safe_open
 
 from nc_hf.card_block import escaped
-from nc_hf.data.provenance import LONG_TAIL_CITATION, PROVENANCE
+from nc_hf.data.provenance import PROVENANCE
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
 from nc_hf.models.saved_folder import WEIGHTS
 from nc_hf.recipe_sections import defaults_of
@@ -26,13 +26,6 @@ DESCRIPTION = re.compile(
     r"sha256 of (?P<what>\w+) (?P<sha256>[0-9a-f]{64})(?:, (?P<standard>.*standard subset))?"
 )
 HASHED = {"pixels": "pixels", "list": "paths and labels"}
-CIFAR_RESNET = re.compile(r"resnet\d+_cifar")
-CIFAR_RESNET_CITATION = """@inproceedings{he2016deep,
-  title = {Deep Residual Learning for Image Recognition},
-  author = {He, Kaiming and Zhang, Xiangyu and Ren, Shaoqing and Sun, Jian},
-  booktitle = {IEEE Conference on Computer Vision and Pattern Recognition},
-  year = {2016}
-}"""
 
 
 def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,15 +108,4 @@ def _schedule(stage: Mapping[str, Any]) -> str:
     else:
         schedule = "by half a cosine" if stage["lr_cosine"] else f"{stage['lr_scheduler_type']} schedule"
     warmup = resolve_epoch(stage["warmup_epochs"], epochs)
-    return schedule + (f", warm-up over {warmup:g} epoch{'' if warmup == 1 else 's'}" if warmup else "")
-
-
-def citations(config: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """BibTeX of the backbone, the data set and the long-tailed protocol, as far as they are known."""
-    dataset = results["dataset"]
-    known = PROVENANCE.get(dataset.get("name"))
-    return [
-        *([CIFAR_RESNET_CITATION] if CIFAR_RESNET.fullmatch(config.get("architecture") or "") else []),
-        *([known.citation] if known else []),
-        *([LONG_TAIL_CITATION] if dataset.get("imbalance_ratio") else []),
-    ]
+    return schedule + (f", warm-up over {warmup:g} epochs" if warmup > 1 else "")

@@ -11,7 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nc_hf.card_block import escaped, marked, merge_cards, metadata_of
-from nc_hf.card_facts import citations, dataset_facts, input_size, parameters, stages
+from nc_hf.card_citations import citations
+from nc_hf.card_facts import dataset_facts, input_size, parameters, stages
 from nc_hf.card_tables import ACCURACIES, HEADS, accuracy_table, better_head, class_rows, geometry_table
 from nc_hf.doors import doors_of, needs_nc_hf
 
@@ -144,7 +145,7 @@ def _when(results: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> st
     """Of which epoch the figures are, where that is known."""
     if results.get("epoch") is not None:
         return f"after epoch {results['epoch']:g}"
-    if any(stage["load_best_model_at_end"] for stage in stages):
+    if any("best_epoch" in stage for stage in stages):
         return "with the weights of the epoch that was best on the validation images"
     return "after the last epoch" if stages else None
 

@@ -144,12 +144,23 @@ def _method(results: dict[str, Any]) -> str:
 def _without_paths(recipe: Recipe) -> Recipe:
     """The recipe as anybody may run it: no folder of this machine."""
     data = dataclasses.replace(recipe.data, data_dir=None, cache_dir=None, dataset=public_name(recipe.data.dataset))
-    model = dataclasses.replace(recipe.model, name=public_name(recipe.model.name))
+    model_args = _public(recipe.model.model_args)
+    model = dataclasses.replace(recipe.model, name=public_name(recipe.model.name), model_args=model_args)
     stages = {
-        stage: settings and {key: value for key, value in settings.items() if key != "resume_from_checkpoint"}
+        stage: settings and {key: _public(value) for key, value in settings.items() if key != "resume_from_checkpoint"}
         for stage, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
     }
     return dataclasses.replace(recipe, output_dir="out", data=data, model=model, **stages)
+
+
+def _public(value: Any) -> Any:
+    """A setting with absolute paths in it cut down to their last part."""
+    if isinstance(value, dict):
+        return {name: _public(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(inner) for inner in value]
+    is_path = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(value).name if is_path else value
 
 
 def public_name(source: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
+from nc_hf.card_citations import citations
 from nc_hf.card_facts import dataset_facts
 from nc_hf.hub import save_pretrained
 from nc_hf.model_card import write_card
@@ -69,7 +70,8 @@ def test_heads_that_are_computed_are_not_called_trained(card_of):
     card, _ = card_of("ce_crt", "--stage2.heads", "[tau_norm, ncm]")
     assert "* Stage 2: nothing is trained; computed from the training features: tau_norm, ncm\n" in card
     card, _ = card_of("ce_crt", "--stage2.heads", "[crt, ncm]")
-    assert "* Stage 2: 10 epochs of batches of 128" in card and "; computed from the training features: ncm\n" in card
+    assert "* Stage 2: 10 epochs of the head alone, on the frozen backbone, in batches of 128" in card
+    assert "; computed from the training features: ncm\n" in card
     card, _ = card_of("ce_crt", "--stage2.heads", "[crt]")
     assert "* Stage 2: 10 epochs" in card and "computed from" not in card
 
@@ -90,3 +92,20 @@ def test_what_is_of_one_seed_says_so_among_several(card_of):
     assert "mean ± standard deviation of 3 seeds" in card and "the same without the collapse terms, one run" in card
     assert "<summary>By class (seed 0)</summary>" in card
     assert "average, on the test images (seed 0)." in card
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("resnet32_cifar", ["he2016deep"]),
+        ("resnet32_ride_cifar", ["he2016deep", "wang2021longtailed"]),
+        ("resnext50_ride", ["xie2017aggregated", "wang2021longtailed"]),
+        ("resnet32_bbn_cifar", ["he2016deep", "zhou2020bbn"]),
+        ("resnet10t", ["he2016deep", "rw2019timm"]),
+        ("convnext_atto", ["rw2019timm"]),
+        (None, []),
+    ],
+)
+def test_the_network_is_cited(architecture, keys):
+    cited = citations({"architecture": architecture}, {"dataset": {"name": "my photos"}})
+    assert [entry.partition("{")[2].partition(",")[0] for entry in cited] == keys

@@ -179,6 +179,9 @@ def test_the_batch_is_that_of_all_processes(folder):
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     training = {"stage1": {"batch": 512, "processes": 4}}
     write_results(folder / "results.json", results(training=training))
+    assert "after the last epoch" in model_card(folder, "user/name")  # the best was asked for, but none was loaded
+    training["stage1"]["best_epoch"] = 7.0
+    write_results(folder / "results.json", results(training=training))
     card = model_card(folder, "user/name")
     assert "* Stage 1: 1,500 updates of batches of 512 (4 processes)" in card
     assert "last epoch" not in card and "best on the validation images" in card

@@ -228,3 +228,13 @@ def test_the_revision_is_that_of_a_repository_that_keeps_the_file(tmp_path):
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert git_revision(kept) == head and git_revision(installed) is None
+
+
+def test_no_setting_names_a_folder_of_this_machine(without_pictures, tmp_path):
+    run = finished_run(tmp_path / "run")
+    overrides = ["--model.model_args", "{pretrained_cfg_overlay: {file: /home/me/r50.safetensors}}"]
+    overrides += ["--stage1.run_name", "~/notes/mine"]
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe(run / "recipe.yaml", overrides)))
+    told = (build_release(run) / "recipe.yaml").read_text()
+    assert "file: r50.safetensors" in told and "run_name: mine" in told
+    assert "/home/me" not in told and "~" not in told
