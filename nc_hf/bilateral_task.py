@@ -93,6 +93,7 @@ class BilateralTask(ClassificationTask):
         uniform = self.classifier.branch_features(pixel_values[0::2], "uniform")
         other = self.classifier.branch_features(pixel_values[1::2], "reversed")
         logits = self.head(2 * torch.cat([alpha * uniform, (1 - alpha) * other], dim=1))
+        self.tap.read()  # the mixture, which nobody needs, would keep its graph
         # Two labels of one mixed feature, as in mixup.
         mixed = update._replace(partners=reversed_labels, mixing=alpha)
         terms = {"supervised": self.supervised_term(logits, uniform_labels, mixed)}

@@ -56,7 +56,7 @@ def save_pretrained(
     folder, inner = Path(folder), getattr(model, "timm_model", model)
     label_names = label_names_of(model, label_names)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".staged-") as temporary:  # the folder may be a mount
         staged = Path(temporary)
         if hasattr(inner, "pretrained_cfg"):
             _save_timm(inner, staged, label_names)

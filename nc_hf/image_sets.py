@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 from datasets import DatasetDict
 
 from nc_hf.data.augment import ImageTransform
 from nc_hf.data.images import ImageSet, load_images
 from nc_hf.data.splits import load_splits
+from nc_hf.metrics.long_tail_accuracy import frequency_groups
 from nc_hf.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,16 @@ def image_sets(recipe: Recipe, splits: DatasetDict, settings: dict[str, Any]) ->
         images[name] = load_images(
             split, transform, input_path=data.input_path, seed=recipe.seed, on_bad_image=data.on_bad_image
         )
-        counts = images[name].class_counts
-        logger.info("%s: %d images, %d classes of %d to %d", name, len(split), len(counts), counts.max(), counts.min())
+        logger.info("%s: %s", name, describe_counts(images[name].class_counts))
+    groups = frequency_groups(images["train"].class_counts, **recipe.evaluation.bounds)
+    logger.info(
+        "classes with %s training images", ", ".join(f"{name}: {sum(group)}" for name, group in groups.items())
+    )
     return images
+
+
+def describe_counts(counts: np.ndarray) -> str:
+    """Images, classes and their sizes, and the imbalance ratio where there is one, in a few words."""
+    present = counts[counts > 0]
+    words = f"{counts.sum()} images, {len(counts)} classes of {counts.max()} to {counts.min()}"
+    return words if present.min() == present.max() else f"{words}, ratio {present.max() / present.min():.4g}"

@@ -199,18 +199,15 @@ def check_classes(model: nn.Module, names: Sequence[str], source: str) -> None:
     Raises:
         ValueError: for another number of classes, or the same names in another order.
     """
+    from nc_hf.labels import check_class_order
+
     if hasattr(model, "pretrained_cfg"):
         number, own = model.num_classes, model.pretrained_cfg.get("label_names")
     else:
         number, own = model.config.num_labels, [name for _, name in sorted(model.config.id2label.items())]
     if number != len(names):
         raise ValueError(f"{source} has {number} classes, and the data have {len(names)}. Choose its own data set.")
-    if own and set(own) == set(names) and list(own) != list(names):
-        k = next(k for k in range(number) if own[k] != names[k])
-        raise ValueError(
-            f"{source} has the classes of the data in another order: its class {k} is {own[k]!r}, and that of the "
-            f"data is {names[k]!r}. Give the data the labels that the model was trained with."
-        )
+    check_class_order(source, own, names)
 
 
 def evaluated_split(images: dict[str, Any]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 
 def labels_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
@@ -19,7 +21,9 @@ def labels_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
         ValueError: for a column that is not there, or does not hold one integer an image.
     """
     if hasattr(dataset, "labels"):
-        return np.asarray(dataset.labels, dtype=np.int64)
+        labels = np.asarray(dataset.labels)
+        if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer):
+            return labels.astype(np.int64)  # else it is something else of that name, such as the names of classes
     found = _labels_and_names(dataset, column)
     return None if found is None else found[0]
 
@@ -38,6 +42,48 @@ def names_of(dataset: Any, column: str | None = None) -> list[str] | None:
         return dataset.class_names
     name = _label_column(dataset, column)
     return None if name is None else getattr(dataset.features[name], "names", None)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels of a batch that are not one class an image.
+
+    Args:
+        labels: of any shape.
+        num_classes: K.
+
+    Raises:
+        ValueError: for another shape than (B,), a floating point type, or a label outside [0, K).
+    """
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must be one integer an image, got {tuple(labels.shape)} of {labels.dtype}. To mix "
+            "images, set mixup_alpha instead of mixing in the data set."
+        )
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if outside.numel():
+        raise ValueError(
+            f"`labels` must lie in 0 to {num_classes - 1}, the model's outputs, got {outside[0].item()} in a batch. "
+            "Number the classes from 0, leave images without a class out, or load the model with more num_labels."
+        )
+
+
+def check_class_order(source: str, own: Sequence[str] | None, names: Sequence[str]) -> None:
+    """Refuse data that number the classes of a model otherwise than the model.
+
+    Args:
+        source: of the model.
+        own: its K class names, if it has any.
+        names: of the data.
+
+    Raises:
+        ValueError: for the same names in another order.
+    """
+    if own and set(own) == set(names) and list(own) != list(names):
+        k = next(k for k in range(len(own)) if own[k] != names[k])
+        raise ValueError(
+            f"{source} has the classes of the data in another order: its class {k} is {own[k]!r}, and that of the "
+            f"data is {names[k]!r}. Give the data the labels that the model was trained with."
+        )
 
 
 def _labels_and_names(dataset: Any, column: str | None) -> tuple[np.ndarray, list[str]] | None:

@@ -16,6 +16,7 @@ from nc_hf.contrastive_task import ContrastiveSettings, ContrastiveTask
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
+from nc_hf.metrics.angles import best_angle
 from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.classifier import feature_dim, find_head
 from nc_hf.models.classifier import freeze_backbone as freeze
@@ -137,6 +138,8 @@ def _collapse_loss(
 ) -> NeuralCollapseLoss:
     if args.objective == "bilateral":
         width //= 2  # the features of one branch
+    num_experts = model.num_experts if args.objective == "experts" else 1
+    _say_what_terms_can_do(num_classes, width // num_experts, args)
     return NeuralCollapseLoss(
         num_classes,
         width,
@@ -148,5 +151,18 @@ def _collapse_loss(
         feature_scale=args.feature_scale,
         momentum=args.centers_momentum,
         class_counts=class_counts,
-        num_experts=model.num_experts if args.objective == "experts" else 1,
+        num_experts=num_experts,
     )
+
+
+def _say_what_terms_can_do(num_classes: int, width: int, args: NCTrainingArguments) -> None:
+    if num_classes == 2:
+        logger.info("with two classes L_B is constant: their centered centers always lie opposite each other")
+    elif num_classes > width + 1:
+        angle, _ = best_angle(num_classes, width)
+        logger.info("%d classes on %d features: class means get at most %.1f degrees apart", num_classes, width, angle)
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.centers == "batch" and batch < num_classes:
+        logger.warning(
+            "`centers: batch` sees the classes of %d images alone, of %d classes; `ema` sees all.", batch, num_classes
+        )

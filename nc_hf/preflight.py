@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from transformers.trainer_utils import has_length
 
 from nc_hf.training_args import NCTrainingArguments
@@ -22,8 +22,8 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: for a loss function beside ours, several GPUs in one process, another number of processes than
-            expected, a draw beside `sampler`, a stream with settings that need its labels or length, or an optimizer
-            made without the centers.
+            expected, a draw beside `sampler`, part of an image set, a stream with settings that need its labels or
+            length, or an optimizer made without the centers.
     """
     if given.get("compute_loss_func") is not None:
         raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
@@ -39,8 +39,17 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
             f"`train_sampling_strategy: {args.train_sampling_strategy}` would be ignored: NCTrainer draws images by "
             "`sampler`. Leave it at random."
         )
-    if isinstance(given.get("train_dataset"), IterableDataset):
-        _check_stream(args, given["train_dataset"])
+    dataset = given.get("train_dataset")
+    if isinstance(dataset, IterableDataset):
+        _check_stream(args, dataset)
+    if isinstance(dataset, Subset | ConcatDataset):
+        parts = [dataset.dataset] if isinstance(dataset, Subset) else dataset.datasets
+        if any(getattr(part, "accepts_draws", False) for part in parts):
+            raise ValueError(
+                f"{type(dataset).__name__} would show the images of load_images without augmentation. Divide or join "
+                "the data before load_images: by validation_fraction of load_splits, train_test_split or "
+                "datasets.concatenate_datasets."
+            )
     own_optimizer = (given.get("optimizers") or (None, None))[0] or given.get("optimizer_cls_and_kwargs")
     if own_optimizer and args.centers == "learned" and args.collapse_enabled:
         raise ValueError(

@@ -11,6 +11,7 @@ from nc_hf.training_args import LEVELLING_SAMPLERS, PRIOR_LOSSES, NCTrainingArgu
 
 HeadName = Literal["crt", "lws", "tau_norm", "ncm", "least_squares", "logit_adjusted"]
 TRAINED_HEADS = ("crt", "lws")  # the others are computed
+CORRECTING = (*LEVELLING_SAMPLERS, "bilateral")  # samplers after which the prior is another one
 
 
 @dataclass
@@ -21,11 +22,11 @@ class RetrainingArguments(NCTrainingArguments):
     decay 5e-4, head drawn from N(0, 0.01), backbone in eval mode). No collapse terms, weights or mixup.
 
     Of `heads`, `crt` (a new linear layer) and `lws` (a factor for each class on stage one's logits) are trained, both
-    Kang et al. 2020; `tau_norm` and `ncm` (same source), `least_squares` (the paper's Proposition 1) and
-    `logit_adjusted` (Menon et al. 2021) are computed. Stage two of MiSLAS (Zhong et al. 2021) is `lws` with
-    `lws_weight_factor`, `loss: label_aware_smoothing` and `backbone_statistics: shifted`. Weight balancing
-    (Alshammari et al. 2022) is `crt` with `head_init: keep`, a large `weight_decay` and `max_norm_threshold`. Kang et
-    al. take 5 epochs for `lws` alone.
+    Kang et al. 2020; `tau_norm` and `ncm` (same source; distances are those of the features as they are, there of unit
+    features), `least_squares` (the paper's Proposition 1) and `logit_adjusted` (Menon et al. 2021) are computed.
+    Stage two of MiSLAS (Zhong et al. 2021) is `lws` with `lws_weight_factor`, `loss: label_aware_smoothing` and
+    `backbone_statistics: shifted`. Weight balancing (Alshammari et al. 2022) is `crt` with `head_init: keep`, a large
+    `weight_decay` and `max_norm_threshold`. Kang et al. take 5 epochs for `lws` alone.
     """
 
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of re-training."})
@@ -130,7 +131,7 @@ def check_stages(stage1: NCTrainingArguments, stage2: RetrainingArguments, has_v
     Raises:
         ValueError: for `logit_adjusted` after a stage one that corrects the prior, where nothing chooses a tau but 1.
     """
-    by = {"class_weighting": stage1.class_weighting != "none", "sampler": stage1.sampler in LEVELLING_SAMPLERS}
+    by = {"class_weighting": stage1.class_weighting != "none", "sampler": stage1.sampler in CORRECTING}
     by["loss"] = stage1.loss in PRIOR_LOSSES
     corrected = [name for name, corrects in by.items() if corrects]
     if "logit_adjusted" in stage2.heads and stage2.tau is None and not has_validation and corrected:

@@ -124,8 +124,7 @@ class NCTrainingArguments(TrainingArguments):
         default_factory=dict, metadata={"help": "Of the loss, by name, such as gamma of focal."}
     )
     loss_counts: Literal["batch", "train", "none"] | None = field(
-        default=None,
-        metadata={"help": "Class counts of some losses: batch (the update), train, none (dot_regression)."},
+        default=None, metadata={"help": "Class counts of some losses: batch (the update), train, none (dot products)."}
     )
     class_weighting: ClassWeighting = field(
         default="none", metadata={"help": "Class weights in the supervised loss: none, inverse, effective_number."}

@@ -244,3 +244,9 @@ def test_weights_of_both_blocks_start_kaiming_normal():
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
                 assert module.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
+
+
+def test_the_mixture_leaves_no_graph_behind():
+    task, (images, labels) = small_task("bbn"), all_rows()[:2]
+    task(pixel_values=images, labels=labels)["loss"].backward()
+    copy.deepcopy(task)  # which a tensor that is part of a graph does not allow

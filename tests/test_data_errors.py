@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,14 @@ def test_training_images_in_the_test_split_are_counted(tmp_path: Path, caplog: p
                    for p in (paths[:2], paths[1:]))  # fmt: skip
     load_splits(DatasetDict(train=train, test=test))
     assert "1 of 2 test images are also training images" in caplog.text
+    caplog.clear()
+    for split, numbers in {"train": (0, 1, 2), "test": (5, 1, 7)}.items():  # files of one name, and one content
+        for i, number in enumerate(numbers):
+            folder = tmp_path / "tree" / split / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{split}{i}.png").write_bytes(png(number))
+    load_splits("imagefolder", data_dir=str(tmp_path / "tree"), cache_dir=str(tmp_path / "cache"))
+    assert "1 of 3 test images are also training images" in caplog.text
 
 
 # ---- Files ----
@@ -261,7 +270,6 @@ def test_training_images_in_the_test_split_are_counted(tmp_path: Path, caplog: p
 
 def bomb() -> bytes:
     """A PNG of 20,000 x 20,000 pixels in its header."""
-    import struct
     import zlib
 
     header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
@@ -312,3 +320,20 @@ def test_bad_bytes_are_located_by_row() -> None:
     for row, words in ((1, "cannot identify"), (2, "there is none")):
         with pytest.raises(ValueError, match=f"the image in row {row} cannot be read: {words}"):
             load_images(dataset, SMALL, input_path="streamed")[row]
+
+
+@pytest.mark.parametrize("error", [EOFError("no more"), struct.error("unpack requires 4 bytes")])
+def test_whatever_a_decoder_raises_names_the_file(error, tmp_path, monkeypatch):
+    dataset = with_bad_file(tmp_path, png(3))
+    opened = PIL.Image.open
+
+    def damaged(source, *arguments):
+        image = opened(source, *arguments)
+        if np.asarray(image).tobytes() == np.asarray(opened(io.BytesIO(png(3)))).tobytes():
+            raise error
+        return image
+
+    monkeypatch.setattr(PIL.Image, "open", damaged)
+    assert load_images(dataset, SMALL, input_path="resident", on_bad_image="skip").skipped == 1
+    with pytest.raises(ValueError, match=r"image in row 3 \(.*3\.png\) cannot be read"):
+        load_images(dataset, SMALL, input_path="resident")

@@ -130,6 +130,9 @@ def test_a_whole_prior_is_not_taken_off_twice(tmp_path):
     check_stages(weighted, stage2, has_validation=True)
     with pytest.raises(ValueError, match="which `stage1.class_weighting: effective_number` has"):
         check_stages(weighted, stage2, has_validation=False)
+    bilateral = NCTrainingArguments(output_dir=str(tmp_path), objective="bilateral", sampler="bilateral")
+    with pytest.raises(ValueError, match="which `stage1.sampler: bilateral` has"):
+        check_stages(bilateral, stage2, has_validation=False)
     stage2.tau = 0.5
     check_stages(weighted, stage2, has_validation=False)
 

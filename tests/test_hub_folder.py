@@ -285,6 +285,20 @@ def test_a_save_that_fails_leaves_what_was_saved(tmp_path, monkeypatch):
     assert load_file(folder / "model.safetensors")["fc.weight"].abs().sum() == 0
 
 
+def test_a_folder_whose_parent_is_another_disk_can_be_saved_to(tmp_path, monkeypatch):
+    """As a mount point of a container is."""
+    replace, folder = os.replace, tmp_path / "mounted"
+
+    def on_one_disk(source: Path, target: Path) -> None:
+        assert folder in Path(source).parents, "Invalid cross-device link"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", on_one_disk)
+    model, _ = load_classifier("test_resnet", 4, NAMES)
+    save_pretrained(model, folder)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
     model, _ = load_classifier("test_resnet", 4)
     folder = save_pretrained(model, tmp_path / "out", heads={"base": model.fc.state_dict()})

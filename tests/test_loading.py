@@ -209,6 +209,15 @@ def test_transformers_folder(transformers_folder):
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_names_in_another_order_than_the_saved_ones_are_refused(kind, request):
+    folder = str(request.getfixturevalue(f"{kind}_folder"))
+    load_classifier(folder, label_names=list("wxyz"))
+    load_classifier(folder, label_names=list("abcd"))
+    with pytest.raises(ValueError, match="in another order: its class 1 is 'x', and that of the data is 'y'"):
+        load_classifier(folder, label_names=list("wyxz"))
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
 def test_head_of_another_size_is_drawn_anew_and_said_once(kind, request, caplog):
     folder = request.getfixturevalue(f"{kind}_folder")
     with caplog.at_level(logging.INFO, logger="nc_hf"):

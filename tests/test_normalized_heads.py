@@ -89,6 +89,17 @@ def test_zero_features_get_no_gradient_and_bfloat16_stays_finite(head):
     assert features.grad.isfinite().all() and features.grad[0].abs().max() == 0 and features.grad[1].abs().max() > 0
 
 
+def test_a_last_batch_of_one_image_has_the_statistics_so_far():
+    head = ETFHead(6, 3).train()
+    for features in torch.randn(5, 8, 6, generator=torch.Generator().manual_seed(0)):
+        head(3 + 2 * features)
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    one = torch.randn(1, 6)
+    logits = head(one)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in head.state_dict().items())
+    assert torch.equal(logits, head.eval()(one))
+
+
 def test_heads_take_the_types_of_the_model_around_them():
     for head in (CosineHead(6, 3), ETFHead(6, 3)):
         assert head.double()(torch.randn(4, 6).double()).dtype == torch.float64

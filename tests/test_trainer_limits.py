@@ -1,13 +1,15 @@
-"""Data loaders whose workers persist, streams that end, names in a config's order, settings that cannot act."""
+"""Data sets of every kind, names in a config's order, settings that cannot act, and what is said of them."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 from small_images import SmallImages, network_without_batch_statistics
-from torch.utils.data import IterableDataset
-from transformers import ViTConfig, ViTForImageClassification
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from nc_hf import save_pretrained
 from nc_hf.models.classifier import load_classifier
@@ -86,3 +88,62 @@ def test_names_of_classes_go_by_number_whatever_the_order_of_the_config(tmp_path
 def test_settings_of_stage_two_that_cannot_act_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         RetrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda images: Subset(images, [0, 1, 2]), lambda images: ConcatDataset([images] * 2)]
+)
+def test_part_of_an_image_set_would_lose_its_augmentation(tmp_path, wrap):
+    with pytest.raises(ValueError, match="without augmentation. Divide or join the data before load_images"):
+        trainer(tmp_path, train_dataset=wrap(SmallImages()), class_counts=[60, 30, 12, 6])
+    trainer(tmp_path).evaluate(Subset(SmallImages(), [0, 61, 95]))  # which has none to lose
+
+
+class Rows(Dataset):
+    """A map-style set whose attribute `labels` is whatever its author meant."""
+
+    def __init__(self, labels: object, shift: int = 0) -> None:
+        self.labels, self.shift = labels, shift
+
+    def __len__(self) -> int:
+        return 72
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        return {"pixel_values": SmallImages().images[index], "labels": index % 4 + self.shift}
+
+
+@pytest.mark.parametrize("labels", [["ant", "bee", "cat", "dog"], [0, 1, 2, 3], 4])
+def test_an_attribute_labels_of_another_meaning_is_left_alone(tmp_path, labels):
+    one = trainer(tmp_path, train_dataset=Rows(labels), per_device_train_batch_size=36, num_train_epochs=1)
+    assert one.class_counts is None
+    one.train()
+    assert one.state.global_step == 2
+
+
+@pytest.mark.parametrize(("shift", "found"), [(-1, "-1"), (1, "4"), (-100, "-(97|98|99|100)")])
+def test_labels_that_are_no_class_are_refused_by_name(tmp_path, shift, found):
+    one = trainer(tmp_path, train_dataset=Rows(None, shift), num_train_epochs=1)
+    with pytest.raises(ValueError, match=f"`labels` must lie in 0 to 3, the model's outputs, got {found}"):
+        one.train()
+
+
+def test_a_full_device_says_how_to_halve_the_batch(tmp_path, monkeypatch):
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer(tmp_path).train()
+    assert "Halve per_device_train_batch_size and double gradient_accumulation_steps" in error.value.__notes__[0]
+
+
+def test_what_the_terms_cannot_do_is_said(tmp_path, caplog):
+    network = network_without_batch_statistics()
+    with caplog.at_level("INFO", logger="nc_hf"):
+        for num_classes in (2, 4, 30):
+            network.head = nn.Linear(8, num_classes)
+            args = NCTrainingArguments(str(tmp_path), report_to="none", centers="batch")
+            NCTrainer(network, args, class_counts=[5] * num_classes, head="head")
+    assert caplog.text.count("with two classes L_B is constant") == 1
+    assert caplog.text.count("30 classes on 8 features: class means get at most 90.0 degrees apart") == 1
+    assert caplog.text.count("sees the classes of 8 images alone, of 30 classes; `ema` sees all") == 1

@@ -4,10 +4,10 @@
     builder.download_and_prepare()
     train = builder.as_dataset("train")
 
-Each has `train` and `test` with the columns `image`, `label` and, of CIFAR and its like, `index`; the test split is never
-thinned out. Where `train` is a subset, `left_out` has the other training images: a choice can be made on them that
-costs no training image. Without `data_dir` the images come from the Hub. Encoded images are copied as they are, and a
-subset is drawn before anything is decoded.
+Each has `train` and `test` with the columns `image`, `label` and, of CIFAR and its like, `index`; the test split is
+never thinned out. Where `train` is a subset, `left_out` has the other training images: a choice can be made on them
+that costs no training image. Without `data_dir` the images come from the Hub. Encoded images are copied as they are,
+and a subset is drawn before anything is decoded.
 """
 
 from __future__ import annotations

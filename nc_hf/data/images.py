@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 InputPath = Literal["auto", "resident", "streamed"]
 Key = int | tuple[int, int]
 
+# What Pillow raises, by format.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, PIL.Image.DecompressionBombError)
 MAX_RESIDENT_BYTES = 8 * 2**30
 LONG_WORK = 5000  # images from which decoding shows its progress
 
@@ -199,7 +202,7 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
                 return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         name = f" ({path})" if path else ""
         raise ValueError(
             f"the image in {where}{name} cannot be read: {error}. Repair or remove it, or set on_bad_image: skip."

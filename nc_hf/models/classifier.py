@@ -11,11 +11,12 @@ import timm
 import torch
 from torch import nn
 
+from nc_hf.labels import check_class_order
 from nc_hf.models.experts import ExpertsHead
 from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
 from nc_hf.models.headed import renew_head
 from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
-from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config
+from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config, saved_class_names
 
 __all__ = [
     "FeatureTap",
@@ -68,7 +69,8 @@ def load_classifier(
 
     Raises:
         ValueError: for a name that is no model, a folder of an architecture that timm does not know or that does not
-            pass the checks of `saved_folder`, or arguments that do not fit.
+            pass the checks of `saved_folder`, class names in another order than the saved ones, or arguments that do
+            not fit.
         FileNotFoundError: for a Hub id that cannot be read.
     """
     if label_names is not None:
@@ -81,6 +83,8 @@ def load_classifier(
         return _load_timm(name_or_path, num_labels, label_names, pretrained, image_size, model_args)
     folder = local_folder(name_or_path, revision)
     config = read_config(folder)
+    if label_names is not None:
+        check_class_order(name_or_path, saved_class_names(config), label_names)
     if is_timm_config(config):
         if not timm.is_model(config["architecture"]):
             name = config["architecture"]

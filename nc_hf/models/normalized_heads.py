@@ -98,7 +98,13 @@ class ETFHead(nn.Module):
     def unit_features(self, features: Tensor) -> Tensor:
         """Features (B, P) after the norm and of length 1, in at least float32."""
         if self.norm is not None:
-            features = self.norm(features.to(self.norm.weight.dtype))
+            features, norm = features.to(self.norm.weight.dtype), self.norm
+            if len(features) > 1:
+                features = norm(features)
+            else:  # one image, as the last batch of an epoch may be, has no statistics of its own
+                features = F.batch_norm(
+                    features, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+                )
         return unit_or_zero(at_least_float32(features))
 
     def forward(self, features: Tensor) -> Tensor:

@@ -152,6 +152,13 @@ def _check_classes(config: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} must have an object of strings as id2label.")
 
 
+def saved_class_names(config: dict[str, Any]) -> list[str]:
+    """The names of the classes in a `config.json`, in their order; empty where it has none."""
+    names = config.get("id2label") or {}
+    by_number = [names[key] for key in sorted(names, key=lambda key: (len(key), key))]
+    return config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or by_number
+
+
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Keys and values of a JSON file, also of the objects in it, level by level."""
     level: list[Any] = [_read_json(path)]
