@@ -24,6 +24,7 @@ _HOMES = {
     "NCTrainingArguments": "training_args",
     "NeuralCollapseLoss": "losses.collapse",
     "RetrainingArguments": "retraining_args",
+    "SaveOnSignal": "interruption",
     "build_release": "release",
     "between_class_loss": "losses.collapse",
     "class_counts": "data.long_tail",

@@ -32,6 +32,14 @@ class Raise(TrainerCallback):
                 signal.raise_signal(number)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is heard even where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def trainer(folder: Path, *callbacks: TrainerCallback) -> NCTrainer:
     return NCTrainer(network(), arguments(folder), train_dataset=SmallImages(), callbacks=list(callbacks))
 
@@ -60,6 +68,13 @@ def test_a_later_second_signal_ends_at_once(tmp_path, monkeypatch):
         stopped.train()
     assert not list(tmp_path.glob("checkpoint-*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_was_ignored_stays_so(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    done = trainer(tmp_path, Raise(5, signal.SIGINT), SaveOnSignal())
+    done.train()
+    assert done.state.global_step == 12 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_signal_in_the_last_update_lets_the_run_end(tmp_path):
