@@ -38,9 +38,10 @@ def mark_complete(folder: Path, run: dict[str, Any]) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether every file that the marker names is there with its size."""
     try:
-        sizes = json.loads((folder / MARKER).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        content = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
         return False
+    sizes = content.get("files", content)
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
@@ -48,22 +49,24 @@ def check_resume(folder: Path, run: dict[str, Any], same_run: bool) -> None:
     """Refuse to go on from a checkpoint of other data or another number of updates an epoch.
 
     Args:
-        folder: of the checkpoint. One of a plain `Trainer` says nothing of its run and is not compared.
-        run: `class_counts`, `updates_per_epoch`, `processes` and `arguments`, as `mark_complete` was given them.
+        folder: of the checkpoint. One that says nothing of its run, as those of a plain `Trainer`, is not compared.
+        run: `class_counts` and `updates_per_epoch` (None where not known), `processes` and `arguments`, as
+            `mark_complete` was given them.
         same_run: name what else differs in a warning; a branch differs on purpose.
 
     Raises:
         ValueError: when class counts or updates an epoch differ.
     """
-    if not (folder / MARKER).is_file():
+    marker = folder / MARKER
+    before = json.loads(marker.read_text()).get("run") if marker.is_file() else None
+    if before is None:
         return
-    before = json.loads((folder / MARKER).read_text())["run"]
-    if before["class_counts"] != run["class_counts"]:
+    if _differ(before, run, "class_counts"):
         raise ValueError(
             f"{folder} was trained on images of the class counts {_short(before['class_counts'])}, and these are "
             f"{_short(run['class_counts'])}. Give the same data, or another output_dir to start afresh."
         )
-    if before["updates_per_epoch"] != run["updates_per_epoch"]:
+    if _differ(before, run, "updates_per_epoch"):
         raise ValueError(
             f"{folder} was trained with {before['updates_per_epoch']} updates an epoch on {before['processes']} "
             f"process(es), and now there are {run['updates_per_epoch']} on {run['processes']}: epochs would be "
@@ -80,9 +83,11 @@ def check_resume(folder: Path, run: dict[str, Any], same_run: bool) -> None:
         )
 
 
-def _short(counts: list[int] | None) -> str:
-    if counts is None:
-        return "not known"
+def _differ(before: dict[str, Any], run: dict[str, Any], name: str) -> bool:
+    return None not in (before[name], run[name]) and before[name] != run[name]
+
+
+def _short(counts: list[int]) -> str:
     return str(counts) if len(counts) <= 10 else f"{str(counts[:10])[:-1]}, …] ({len(counts)} classes)"
 
 
@@ -138,11 +143,12 @@ def check_disk_space(folder: Path, model: nn.Module, kept: int) -> None:
         kept: checkpoints kept at a time; one more lies beside them while it is written.
 
     Raises:
-        OSError: when less is free than weights and two numbers a weight of the optimizer take.
+        OSError: when less is free than weights and two numbers of the optimizer a trained weight take.
     """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    there = sum(path.stat().st_size for path in folder.glob("**/checkpoint-*/*") if path.is_file())
-    needed, free = 3 * weights * (kept + 1) - there, shutil.disk_usage(folder).free
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
+    needed, free = (weights + 2 * trained) * (kept + 1) - there, shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             f"checkpoints in {folder} may take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. Make room, "

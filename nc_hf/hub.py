@@ -35,8 +35,8 @@ def save_pretrained(
     """Write a classifier so that `timm.create_model("local-dir:…")` and transformers open it.
 
     `model.safetensors` has the model with its present head, `nc_heads.safetensors` every head by name with class
-    centers and means, `config.json` what the model's own library writes plus the key `nc_hf`. The folder is built
-    beside its place and moved there file by file, the weights last; no file needs pickle.
+    centers and means, `config.json` what the model's own library writes plus the key `nc_hf`. All is
+    built in a folder inside and moved file by file, the weights last; no file needs pickle.
 
     Args:
         model: a plain timm model, a transformers model, or a timm model in transformers' wrapper.

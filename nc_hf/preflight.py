@@ -42,20 +42,23 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
     dataset = given.get("train_dataset")
     if isinstance(dataset, IterableDataset):
         _check_stream(args, dataset)
-    if isinstance(dataset, Subset | ConcatDataset):
-        parts = [dataset.dataset] if isinstance(dataset, Subset) else dataset.datasets
-        if any(getattr(part, "accepts_draws", False) for part in parts):
-            raise ValueError(
-                f"{type(dataset).__name__} would show the images of load_images without augmentation. Divide or join "
-                "the data before load_images: by validation_fraction of load_splits, train_test_split or "
-                "datasets.concatenate_datasets."
-            )
+    if isinstance(dataset, Subset | ConcatDataset) and _has_image_set(dataset):
+        raise ValueError(
+            f"{type(dataset).__name__} would show the images of load_images without augmentation. Divide or join "
+            "the data before load_images: by validation_fraction of load_splits, train_test_split or "
+            "datasets.concatenate_datasets."
+        )
     own_optimizer = (given.get("optimizers") or (None, None))[0] or given.get("optimizer_cls_and_kwargs")
     if own_optimizer and args.centers == "learned" and args.collapse_enabled:
         raise ValueError(
             "`centers: learned` are trained in a group of the optimizer that NCTrainer makes, which yours replaces. "
             "Use `centers: ema`, which needs no optimizer, or leave the optimizer to `optim`."
         )
+
+
+def _has_image_set(dataset: Any) -> bool:
+    parts = getattr(dataset, "datasets", [getattr(dataset, "dataset", None)])
+    return getattr(dataset, "accepts_draws", False) or any(_has_image_set(part) for part in parts if part is not None)
 
 
 def _check_stream(args: NCTrainingArguments, dataset: IterableDataset) -> None:

@@ -38,6 +38,7 @@ __all__ = [
 # The digest leaves out what has its default value, so that a new setting leaves the digests of old results alone.
 # Raise this when a default, or what a setting means, changes.
 DIGEST_VERSION = 1
+UNTOLD_DATA = ("data_dir", "cache_dir", "title")
 
 
 class _Setting(NamedTuple):
@@ -93,7 +94,7 @@ def recipe_digest(recipe: Recipe, data_checksum: str | None = None, model_checks
         model_checksum: of the weights to start from, where they lie in a folder, whose name says little.
     """
     data, model = _changed(recipe.data, DataConfig()), _changed(recipe.model, ModelConfig())
-    for name in ("data_dir", "cache_dir", "title"):
+    for name in UNTOLD_DATA:
         data.pop(name, None)
     told: dict[str, Any] = {"version": DIGEST_VERSION, "seed": recipe.seed, "data_checksum": data_checksum}
     told["data"] = data | {"dataset": _without_folder(recipe.data.dataset)}
@@ -119,7 +120,8 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
     """Settings that decide weights by `section.name`."""
     flat: dict[str, Any] = {"seed": recipe.seed}
     for section in ("model", "data"):
-        flat |= {f"{section}.{name}": value for name, value in vars(getattr(recipe, section)).items()}
+        settings = vars(getattr(recipe, section)).items()
+        flat |= {f"{section}.{name}": value for name, value in settings if name not in UNTOLD_DATA}
     for stage in STAGES:
         if (settings := getattr(recipe, stage)) is not None:
             settings = {**defaults_of(stage), **settings}

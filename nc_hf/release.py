@@ -61,7 +61,7 @@ def build_release(
     of_twin = None if twin is None else (read_run(Path(twin))[0], class_means_of(Path(twin)))
     for old in ("twin.json", "seeds", "figures", ".eval_results"):
         shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(missing_ok=True)
-    shutil.copytree(stage, folder, dirs_exist_ok=True)
+    shutil.copytree(stage, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     write_results(folder / "results.json", results)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     if of_twin is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, SaveStrategy, has_length, rotate_checkpoints
 
 from nc_hf.checkpoints import (
     MARKER,
@@ -24,6 +24,7 @@ from nc_hf.checkpoints import (
     newest_complete,
 )
 from nc_hf.hub import label_names_of, save_pretrained
+from nc_hf.interruption import SaveOnSignal
 from nc_hf.model_card import ACCURACIES, write_card
 from nc_hf.publishing import PushError, check_access, check_folder, push_folder
 from nc_hf.results import environment, write_results
@@ -48,6 +49,7 @@ class SavingTrainer(Trainer):
     num_epochs: float
     updates_per_epoch: int
     _resumed: Path | None = None
+    _limit: int | None = None  # of checkpoints, while one is written
     _pusher: ThreadPoolExecutor | None = None
     _push: Future | None = None  # the last one
 
@@ -62,12 +64,14 @@ class SavingTrainer(Trainer):
             resume_from_checkpoint = newest_complete(self.args.output_dir) or self.args.resume_from_checkpoint
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            check_disk_space(Path(self.args.output_dir), self.task, self.args.save_total_limit or 1)
         if kwargs.get("trial") is not None:  # `Trainer` makes the model before it sets the arguments of the trial
             self._hp_search_setup(kwargs["trial"])
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SaveOnSignal):
+                    callback.give_back()
         for buffer in self.task.buffers():  # the batch statistics of the last step are each process's own
             broadcast(buffer)
         if self._push is not None and self._push.exception() is not None:
@@ -78,18 +82,19 @@ class SavingTrainer(Trainer):
         if (collapse := self.task.collapse) is not None and collapse.mode != "batch":
             check_agreement(self.accelerator, collapse.centers.detach())
         runs = Path(self._get_output_dir(trial))
-        folder, limit = runs / f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        folder = runs / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / MARKER).unlink(missing_ok=True)  # of an earlier run
-        self.args.save_total_limit = None  # the oldest one goes when this one is complete
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this is complete
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            error.add_note(f"{folder} could not be written and is removed; complete checkpoints before it are kept.")
+                error.add_note(f"{folder} could not be written and is removed; complete ones before it are kept.")
             raise
         finally:
+            limit, self._limit = self._limit, None
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -100,32 +105,39 @@ class SavingTrainer(Trainer):
         """What a checkpoint is compared by when a run goes on from it."""
         return {
             "class_counts": None if self.class_counts is None else self.class_counts.tolist(),
-            "updates_per_epoch": self.updates_per_epoch,
+            "updates_per_epoch": self.updates_per_epoch if self._counts_epochs else None,
             "processes": self.args.world_size,
-            "arguments": json.loads(self.args.to_json_string()),
+            "arguments": json.loads(json.dumps(self.args.to_dict(), default=str)),
         }
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> tuple:
-        """Also keeps the number of epochs and of updates an epoch, and compares them with those of the checkpoint.
+        """Also keeps the number of epochs and of updates an epoch, and looks whether checkpoints fit and this one may.
 
         Raises:
             ValueError: as `check_resume`.
+            OSError: as `check_disk_space`.
         """
         values = super().set_initial_training_values(args, dataloader)
         self.num_epochs, self.updates_per_epoch = values[0], values[1]
+        self._counts_epochs = has_length(dataloader)
+        if args.save_strategy != SaveStrategy.NO and args.should_save:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            check_disk_space(Path(args.output_dir), self.task, args.save_total_limit or 1)
         if self._resumed is not None:
             same_run = self._resumed.resolve().parent == Path(args.output_dir).resolve()
-            check_resume(self._resumed, json.loads(json.dumps(self._run_facts())), same_run)
+            check_resume(self._resumed, self._run_facts(), same_run)
         return values
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         state = self.task.state_dict() if state_dict is None else state_dict
         state = {name: tensor.contiguous() for name, tensor in state.items()}  # from channels last
-        token, self.args.hub_token = self.args.hub_token, None  # which `Trainer` would write down with the arguments
+        token, limit = self.args.hub_token, self.args.save_total_limit
+        # `Trainer` writes the arguments down: not the token, but the limit that `_save_checkpoint` holds back.
+        self.args.hub_token, self.args.save_total_limit = None, limit or self._limit
         try:
             super()._save(output_dir, state)
         finally:
-            self.args.hub_token = token
+            self.args.hub_token, self.args.save_total_limit = token, limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_names(Path(resume_from_checkpoint), self.task.state_dict())
@@ -272,7 +284,12 @@ class SavingTrainer(Trainer):
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._start_push(f"Training in progress, step {self.state.global_step}").add_done_callback(_log_failure)
+        try:
+            push = self._start_push(f"Training in progress, step {self.state.global_step}")
+        except Exception as error:  # what is trained and saved does not depend on it
+            logger.warning("this save is not pushed: %r", error)
+        else:
+            push.add_done_callback(_log_failure)
 
     def _start_push(
         self,

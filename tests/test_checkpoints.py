@@ -9,9 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from small_images import SmallImages
 from small_runs import arguments, network
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -41,9 +43,11 @@ def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=35_999_999))
     with pytest.raises(OSError, match="may take 0.0 GB and 0.0 GB are free. Make room"):
         check_disk_space(tmp_path, model, kept=2)
-    (tmp_path / "crt" / "checkpoint-3").mkdir(parents=True)
-    (tmp_path / "crt" / "checkpoint-3" / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").write_bytes(b"1")
     check_disk_space(tmp_path, model, kept=2)  # what is there already needs no room
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=12_000_000))
+    check_disk_space(tmp_path, model.requires_grad_(False), kept=2)  # nor does an optimizer of nothing
 
 
 def test_the_trainer_looks_for_room(tmp_path, monkeypatch):
@@ -144,10 +148,41 @@ def test_another_number_of_processes_is_named(tmp_path, caplog):
     assert "saved with other settings: processes 4 (now 1)" in caplog.text
 
 
-def test_a_checkpoint_of_plain_trainer_is_not_compared(tmp_path):
+@pytest.mark.parametrize("marker", [None, "of files alone"])
+def test_a_checkpoint_that_says_nothing_of_its_run_is_not_compared(tmp_path, marker):
     saved = trainer(tmp_path)
     saved.train()
-    (tmp_path / "checkpoint-6" / "complete.json").unlink()
-    again = trainer(tmp_path, seed=1)
+    path = tmp_path / "checkpoint-6" / "complete.json"
+    if marker is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text())["files"]))
+        assert "checkpoint-6" in complete(tmp_path)
+    again = trainer(tmp_path, SmallImages((61, 31, 13, 7)))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert again.state.global_step == 6
+    assert again.state.global_step == 8
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        images = SmallImages()
+        for index in range(len(images)):
+            yield {name: values[0] for name, values in images.__getitems__([index]).items()}
+
+
+def test_a_stream_can_be_followed_for_longer(tmp_path):
+    """It has no epochs to miscount; and counts that one of the two runs did not know are no other counts."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    NCTrainer(network(), arguments(tmp_path, **options), train_dataset=Stream()).train()
+    longer = arguments(tmp_path, **options | {"max_steps": 4})
+    again = NCTrainer(network(), longer, train_dataset=Stream(), class_counts=[60, 30, 12, 6])
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_what_a_checkpoint_says_of_the_arguments_is_what_was_asked_for(tmp_path):
+    trainer(tmp_path, save_total_limit=1, resume_from_checkpoint=tmp_path / "nothing").train()
+    said = json.loads((tmp_path / "checkpoint-6" / "complete.json").read_text())["run"]["arguments"]
+    assert said["save_total_limit"] == 1 and said["resume_from_checkpoint"] == str(tmp_path / "nothing")
+    stored = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert stored.save_total_limit == 1

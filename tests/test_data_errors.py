@@ -265,6 +265,14 @@ def test_training_images_in_the_test_split_are_counted(tmp_path: Path, caplog: p
     assert "1 of 3 test images are also training images" in caplog.text
 
 
+def test_rows_without_an_image_are_nothing_to_compare(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [None, {"bytes": png(1), "path": None}]
+    features = Features({"image": Image(), "label": ClassLabel(2)})
+    split = Dataset.from_dict({"image": rows, "label": [0, 1]}, features=features)
+    load_splits(DatasetDict(train=split, test=split))
+    assert "1 of 2 test images are also training images" in caplog.text
+
+
 # ---- Files ----
 
 

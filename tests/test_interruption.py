@@ -50,9 +50,9 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path, number
     straight.train()
     before = signal.getsignal(number)
     stopped = trainer(tmp_path / "stopped", Raise(5, number, number), SaveOnSignal())  # as launchers pass it on
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as ended:
         stopped.train()
-    assert exit.value.code == 128 + number
+    assert ended.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert is_complete(tmp_path / "stopped" / "checkpoint-5")
     resumed = trainer(tmp_path / "stopped")
@@ -77,10 +77,46 @@ def test_a_signal_that_was_ignored_stays_so(tmp_path):
     assert done.state.global_step == 12 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_a_signal_in_the_last_update_lets_the_run_end(tmp_path):
-    done = trainer(tmp_path, Raise(12, signal.SIGTERM), SaveOnSignal())
-    done.train()
-    assert done.state.global_step == done.state.max_steps == 12
+class Count(TrainerCallback):
+    """What is done, by step."""
+
+    def __init__(self) -> None:
+        self.saved, self.evaluated = [], []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated.append(state.global_step)
+
+
+@pytest.mark.parametrize(
+    ("step", "saved", "evaluated"), [(5, [3, 5], [3]), (6, [3, 6], [3, 6]), (12, [3, 6, 9, 12], [3, 6, 9, 12])]
+)
+def test_what_an_epoch_ends_with_is_done_at_its_end_alone(tmp_path, step, saved, evaluated):
+    """Three updates an epoch, four epochs; one checkpoint is kept, and the best one is asked for."""
+    options = {
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+    }
+    args, images, count = arguments(tmp_path, **options), SmallImages(), Count()
+    callbacks = [Raise(step, signal.SIGTERM), count, SaveOnSignal()]
+    stopped = NCTrainer(network(), args, train_dataset=images, eval_dataset=images, callbacks=callbacks)
+    with pytest.raises(SystemExit) as ended:
+        stopped.train()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert (count.saved, count.evaluated) == (saved, evaluated)
+    assert is_complete(tmp_path / f"checkpoint-{step}")
+
+
+def test_signals_are_given_back_after_a_training_that_failed(tmp_path, monkeypatch):
+    stopped = trainer(tmp_path, SaveOnSignal())
+    monkeypatch.setattr(stopped, "training_step", lambda *arguments: pytest.fail("out of memory"))
+    with pytest.raises(pytest.fail.Exception):
+        stopped.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")
@@ -93,7 +129,7 @@ def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tm
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
-    output, _ = process.communicate(timeout=120)
+    output = finish(process, check=False).stdout
     assert process.returncode
     assert "stopped and saved after" in output
     steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.iterdir() if is_complete(path))

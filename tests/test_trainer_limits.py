@@ -91,7 +91,12 @@ def test_settings_of_stage_two_that_cannot_act_are_refused(tmp_path, settings, m
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda images: Subset(images, [0, 1, 2]), lambda images: ConcatDataset([images] * 2)]
+    "wrap",
+    [
+        lambda images: Subset(images, [0, 1, 2]),
+        lambda images: Subset(Subset(images, [0, 1, 2]), [1, 2]),
+        lambda images: ConcatDataset([Subset(images, [0]), Subset(images, [1])]),
+    ],
 )
 def test_part_of_an_image_set_would_lose_its_augmentation(tmp_path, wrap):
     with pytest.raises(ValueError, match="without augmentation. Divide or join the data before load_images"):

@@ -31,7 +31,7 @@ BUILDERS = {
 }
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 MAX_COMPARED_BYTES = 2**31  # above, train and test images are not compared
-MAX_COMPARED_IMAGES = 500_000  # nor above this number, since files are opened
+MAX_COMPARED_IMAGES = 100_000  # nor above this number, since files are opened
 COMPARED_END = 4096  # bytes of a file
 FILES = [Value(kind) for kind in ("string", "large_string", "binary", "large_binary")]  # paths, or what files hold
 FILES += [{"bytes": Value("binary"), "path": Value("string")}, {"path": Value("string"), "bytes": Value("binary")}]
@@ -212,6 +212,8 @@ def _names_checksum(dataset: Dataset) -> str:
 
 def _warn_of_overlap(splits: dict[str, Dataset]) -> None:
     """Warn of images to evaluate on that are also in train: the same bytes, whatever their files are called."""
+    if len(splits) < 2:
+        return
     size, number = sum(split.data.nbytes for split in splits.values()), sum(map(len, splits.values()))
     if size > MAX_COMPARED_BYTES or number > MAX_COMPARED_IMAGES:
         logger.info("not looked for training images among the others: %d images, %.1f GB", number, size / 1e9)
@@ -237,11 +239,14 @@ def _contents(split: Dataset) -> pa.Array:
     return pa.array([data.as_py() if data.is_valid else _size_and_end(path) for data, path in rows], "large_binary")
 
 
-def _size_and_end(path: str) -> bytes:
-    """Of a file; the path itself where it is no file of its own, but in an archive."""
-    if not os.path.isfile(path):
+def _size_and_end(path: str | None) -> bytes | None:
+    """Of a file, as a digest; the path itself where it cannot be read as a file, as in an archive."""
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - COMPARED_END))
+            return hashlib.sha256(f"{size} ".encode() + file.read()).digest()
+    except OSError:
         return path.encode()
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - COMPARED_END))
-        return f"{size} ".encode() + file.read()
