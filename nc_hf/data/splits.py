@@ -220,7 +220,7 @@ def _warn_of_overlap(splits: dict[str, Dataset]) -> None:
         return
     columns = {name: _contents(split) for name, split in splits.items()}
     for name, values in columns.items():
-        if name != "train" and (count := pc.sum(pc.is_in(values, columns["train"])).as_py()):
+        if name != "train" and (count := pc.sum(pc.is_in(values, columns["train"], skip_nulls=True)).as_py()):
             logger.warning(
                 "%d of %d %s images are also training images; accuracies on them mean little.",
                 count,
