@@ -232,7 +232,8 @@ def _warn_of_overlap(splits: dict[str, Dataset]) -> None:
 def _contents(split: Dataset) -> pa.Array:
     """What tells images apart: their encoded bytes; of files size and end, which differ between compressed images."""
     image = split.with_format("arrow", columns=["image"])[:].column("image").combine_chunks()
-    content, paths = image.field("bytes"), image.field("path").to_pylist()
+    # Unlike `field`, which has b"" where there is no image.
+    content, paths = pc.struct_field(image, "bytes"), pc.struct_field(image, "path").to_pylist()
     if not content.null_count:
         return content.cast("large_binary")
     rows = zip(content, paths, strict=True)
