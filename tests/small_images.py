@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 COUNTS = (60, 30, 12, 6)
 
@@ -41,6 +42,15 @@ class SmallImages(Dataset):
     @staticmethod
     def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
+
+
+class SmallStream(IterableDataset):
+    """The same images in a row, without a length or labels to look at."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        images = SmallImages()
+        for index in range(len(images)):
+            yield {name: values[0] for name, values in images.__getitems__([index]).items()}
 
 
 class NoBatchStatistics(nn.Module):

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_images import SmallImages
+from small_images import SmallImages, SmallStream
 from small_runs import arguments, network
 from torch import nn
-from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -163,19 +162,12 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_not_compared(tmp_path, mar
     assert again.state.global_step == 8
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        images = SmallImages()
-        for index in range(len(images)):
-            yield {name: values[0] for name, values in images.__getitems__([index]).items()}
-
-
 def test_a_stream_can_be_followed_for_longer(tmp_path):
     """It has no epochs to miscount; and counts that one of the two runs did not know are no other counts."""
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    NCTrainer(network(), arguments(tmp_path, **options), train_dataset=Stream()).train()
+    NCTrainer(network(), arguments(tmp_path, **options), train_dataset=SmallStream()).train()
     longer = arguments(tmp_path, **options | {"max_steps": 4})
-    again = NCTrainer(network(), longer, train_dataset=Stream(), class_counts=[60, 30, 12, 6])
+    again = NCTrainer(network(), longer, train_dataset=SmallStream(), class_counts=[60, 30, 12, 6])
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
 

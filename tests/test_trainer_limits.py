@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from small_images import SmallImages, network_without_batch_statistics
+from small_images import SmallImages, SmallStream, network_without_batch_statistics
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from nc_hf import save_pretrained
@@ -35,15 +35,8 @@ def test_workers_that_persist_read_the_data_set_they_are_asked_for(tmp_path):
     assert one.get_eval_dataloader() is one.get_eval_dataloader()
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        images = SmallImages()
-        for index in range(len(images)):
-            yield {name: values[0] for name, values in images.__getitems__([index]).items()}
-
-
 def test_a_stream_starts_again_when_it_ends(tmp_path):
-    one = trainer(tmp_path, train_dataset=Stream(), class_counts=[60, 30, 12, 6], max_steps=20)
+    one = trainer(tmp_path, train_dataset=SmallStream(), class_counts=[60, 30, 12, 6], max_steps=20)
     one.train()
     assert one.state.global_step == 20  # 14 batches a pass
 
