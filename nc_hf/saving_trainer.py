@@ -48,6 +48,7 @@ class SavingTrainer(Trainer):
     class_counts: Any
     num_epochs: float
     updates_per_epoch: int
+    _counts_epochs: bool  # not on a stream without a length
     _resumed: Path | None = None
     _limit: int | None = None  # of checkpoints, while one is written
     _pusher: ThreadPoolExecutor | None = None

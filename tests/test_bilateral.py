@@ -249,4 +249,7 @@ def test_weights_of_both_blocks_start_kaiming_normal():
 def test_the_mixture_leaves_no_graph_behind():
     task, (images, labels) = small_task("bbn"), all_rows()[:2]
     task(pixel_values=images, labels=labels)["loss"].backward()
-    copy.deepcopy(task)  # which a tensor that is part of a graph does not allow
+    with pytest.raises(RuntimeError, match="the head did not run"):
+        task.tap.read()
+    again = copy.deepcopy(task)  # which a tensor that is part of a graph does not allow
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), task.parameters(), strict=True))
