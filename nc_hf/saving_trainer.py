@@ -39,8 +39,9 @@ class SavingTrainer(Trainer):
     """The part of `NCTrainer` that writes: it keeps the whole task in checkpoints and gives away the classifier alone.
 
     What goes to the Hub is a folder of its own, `hub` in the output folder, with the model, its card and no file that
-    needs pickle. A push in the background that fails is logged at once. One of the training is tried again at its end;
-    if it fails then too, `train` raises `PushError` after everything has been saved.
+    needs pickle. A push in the background that fails is logged at once. One of the training is tried again at its end,
+    and a last save that was left out, for a push still under way, is pushed then; if that fails too, `train` raises
+    `PushError` after everything has been saved.
     """
 
     task: ClassificationTask
@@ -53,6 +54,7 @@ class SavingTrainer(Trainer):
     _limit: int | None = None  # of checkpoints, while one is written
     _pusher: ThreadPoolExecutor | None = None
     _push: Future | None = None  # the last one
+    _left_out: bool = False  # the last save is not pushed: the push before was still running
 
     # ---- Checkpoints ----
 
@@ -75,7 +77,7 @@ class SavingTrainer(Trainer):
                     callback.give_back()
         for buffer in self.task.buffers():  # the batch statistics of the last step are each process's own
             broadcast(buffer)
-        if self._push is not None and self._push.exception() is not None:
+        if self._push is not None and (self._left_out or self._push.exception() is not None):
             self.push_to_hub()
         return output
 
@@ -281,7 +283,8 @@ class SavingTrainer(Trainer):
             return
         if self._push is not None and not self._push.done():
             if not self.args.hub_always_push:
-                logger.info("the push before is still running; this save is not pushed")
+                logger.info("the push before is still running; this save is not pushed, unless it is the last")
+                self._left_out = True
                 return
             self._finish_current_push()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -317,6 +320,7 @@ class SavingTrainer(Trainer):
             self._pusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         options = {"token": token or self.args.hub_token, "commit_message": commit_message, "check": False}
         self._push = self._pusher.submit(push_folder, self._hub_folder(), self.hub_model_id, **options, **place)
+        self._left_out = False
         return self._push
 
     def _finish_current_push(self) -> None:

@@ -15,6 +15,7 @@ from small_images import SmallImages
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -28,6 +29,7 @@ from nc_hf import (
     publishing,
     push_folder,
     save_pretrained,
+    saving_trainer,
 )
 from nc_hf.metrics import compute_metrics_for
 from nc_hf.publishing import PushError
@@ -116,9 +118,33 @@ def test_a_background_push_opens_the_doors_and_leaves_training_alone(hub, user, 
         run = trainer(tmp_path / name, f"{user}/doors", model, **(settings if name == "pushed" else {}))
         run.train()
         weights.append(model.state_dict())
-    assert len(threads) in (2, 3)  # the push of the last save is left out while the first one runs
-    assert set(threads) == {threading.main_thread()}
+    assert threads == [threading.main_thread()] * 2
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_last_save_is_pushed_at_the_end_when_the_push_before_was_still_running(hub, user, tmp_path, monkeypatch):
+    trained, push = threading.Event(), publishing.push_folder
+
+    def slow(*args, **options):
+        trained.wait(60)
+        return push(*args, **options)
+
+    class Trained(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trained.set()
+
+    monkeypatch.setattr(saving_trainer, "push_folder", slow)
+    run = trainer(tmp_path, f"{user}/left-out", push_to_hub=True, hub_strategy="every_save", save_strategy="epoch")
+    run.add_callback(Trained())
+    run.train()
+    assert [commit["title"] for commit in hub.commits(f"{user}/left-out")] == [
+        "End of training",
+        "Training in progress, step 2",
+        "initial commit",
+    ]
+    pushed, _ = load_pretrained(f"{user}/left-out")
+    assert all(torch.equal(t, pushed.state_dict()[n]) for n, t in run.classifier.state_dict().items())
 
 
 def test_a_folder_that_does_not_open_is_said_at_once_and_at_the_end(hub, user, tmp_path, monkeypatch, caplog):
