@@ -8,7 +8,8 @@
     python recipes/reproduce.py collect out/<run> ...
 
 The first shows in seconds what lies in results/. There are Tables 2 to 7; Figures 2 and 3; `methods`, every method
-without and with the terms on 30 epochs; `collapse`, NC1 to NC4 over training; and `classes`, accuracy by class size.
+without and with the terms on 30 epochs, and both figures of its runs (`figure2_30_epochs`, `figure3_30_epochs`);
+`collapse`, NC1 to NC4 over training; and `classes`, accuracy by class size.
 Rows that are named by `--rows` are run where they have no results of the same recipe, all rows with `--train`, none
 with `--no-train`. Each run has a folder under `<output>/runs`, where the same command resumes it when interrupted;
 its results then go to results/. Runs are of one process, or as many as the recipe expects. `collect` takes over

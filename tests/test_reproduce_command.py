@@ -152,8 +152,11 @@ def test_commands_that_mean_nothing_are_refused(script, capsys, arguments, messa
 
 
 def test_figures_are_drawn_from_the_panels_that_are_there(tmp_path, script, capsys):
-    for row, seed in ((Row("ce"), 0), (Row("nc_drw_crt"), 1)):
-        plan = plan_row(CIFAR10_LT, row, RECIPES, tmp_path / "results")
+    (short,), methods = TABLES["methods"].settings, TABLES["methods"].rows
+    runs = [(CIFAR10_LT, Row("ce")), (CIFAR10_LT, Row("nc_drw_crt"))]
+    runs += [(short, methods["CE"]), (short, methods["CE + NC"])]
+    for seed, (setting, row) in enumerate(runs):
+        plan = plan_row(setting, row, RECIPES, tmp_path / "results")
         store(plan, measured(plan))
         means = torch.randn(10, 64, generator=torch.Generator().manual_seed(seed))
         save_file({"class_means": means}, plan.target(0).with_suffix(".safetensors"))
@@ -161,7 +164,8 @@ def test_figures_are_drawn_from_the_panels_that_are_there(tmp_path, script, caps
         script.main([what, "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")])
         shown = capsys.readouterr().out
         name = "NC-DRW" if what in ("collapse", "classes") else "NC"
-        assert f"{name}: {tmp_path}/results/cifar10_lt_r100/nc_drw_crt/seed0.json" in shown
+        run = "cifar10_lt_r100_30_epochs/ce_crt_nc" if what.endswith("_30_epochs") else "cifar10_lt_r100/nc_drw_crt"
+        assert f"{name}: {tmp_path}/results/{run}/seed0.json" in shown
         assert "not run (cifar10_lt/ce" in shown
         assert {f"{what}.png", f"{what}.svg"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
