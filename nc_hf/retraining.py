@@ -126,8 +126,8 @@ def retrain_classifier(
         **kwargs: further arguments of `NCTrainer`; on `eval_dataset`, if given, a free tau is chosen.
 
     Returns:
-        A trainer that holds the model: `.classifier`, `.evaluate()`, `.save_model(folder)`; and `.heads`, the state
-        dict of each new head by name.
+        A trainer that holds the model: `.classifier`, `.evaluate()`, `.save_model(folder)`, which keeps every head by
+        name, stage one's linear head as `"base"`; and `.heads`, the state dict of each new head by name.
 
     Raises:
         ValueError: as `NCTrainer` and `check_heads`.
@@ -135,7 +135,8 @@ def retrain_classifier(
     """
     head_name, layer = find_head(model, head=head)
     check_heads(layer, args)
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
+    had_linear_head = isinstance(layer, nn.Linear | nn.Conv2d)
+    if not had_linear_head:
         layer = replace_head(model, "linear")
     base = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
@@ -155,7 +156,11 @@ def retrain_classifier(
             name: _state_of(linear, layer) for name, linear in _computed_heads(trainer, layer, computed, args).items()
         }
     trainer.heads = {name: heads[name] for name in args.heads}
-    layer.load_state_dict(trainer.heads[args.heads[0]])
+    trainer.active_head = args.heads[0]
+    layer.load_state_dict(trainer.heads[trainer.active_head])
+    # Stage one's head is of use on the same features only, and in the network only if it was a linear one.
+    is_kept = had_linear_head and args.backbone_statistics != "shifted"
+    trainer.other_heads = ({"base": base} if is_kept else {}) | trainer.heads
     changed = [name for name, now in _backbone(model, head_name, args).items() if not torch.equal(frozen[name], now)]
     if changed:
         raise RuntimeError(f"the frozen backbone changed in stage two: {', '.join(changed[:5])}.")
@@ -221,6 +226,7 @@ def _train_head(
     learns_scales = name == "lws"
     images_only = args.features == "images"
     trainer = HeadTrainer(model, args, learns_scales=learns_scales and images_only, **kwargs)
+    trainer.active_head = name
     logger.info("stage two trains the head %s (%s) alone", name, kwargs["head"])
     if images_only:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)

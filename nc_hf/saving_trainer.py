@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate.utils import broadcast
@@ -49,6 +51,8 @@ class SavingTrainer(Trainer):
     class_counts: Any
     num_epochs: float
     updates_per_epoch: int
+    active_head: str = "base"  # name of the present head, beside others in a saved folder
+    other_heads: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})  # state dicts by name, saved with it
     _counts_epochs: bool  # not on a stream without a length
     _resumed: Path | None = None
     _limit: int | None = None  # of checkpoints, while one is written
@@ -157,17 +161,17 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
 
-    def export(self, folder: str, *, head_name: str = "base", **extra: Any) -> None:
+    def export(self, folder: str, *, head_name: str | None = None, **extra: Any) -> None:
         """Write the classifier's folder, from the main process.
 
         Args:
             folder: where to.
-            head_name: name under which the head is kept beside others.
+            head_name: name under which the head is kept beside others; `self.active_head` when None.
             **extra: further arguments of `nc_hf.hub.save_pretrained`, such as `heads` and `metadata`.
         """
         if not self.args.should_save:
             return
-        task = self.task
+        task, head_name = self.task, head_name or self.active_head
         centers = task.collapse.centers if task.collapse is not None and task.collapse.mode != "batch" else None
         if centers is not None:
             extra.setdefault("centers", centers.detach())
@@ -176,7 +180,7 @@ class SavingTrainer(Trainer):
             folder,
             label_names=self.class_names,
             image_processor=self.processing_class,
-            heads=extra.pop("heads", {}) | {head_name: task.head.state_dict()},
+            heads={**self.other_heads, **extra.pop("heads", {}), head_name: task.head.state_dict()},
             active_head=head_name,
             class_counts=self.class_counts,
             **extra,
@@ -235,7 +239,7 @@ class SavingTrainer(Trainer):
         if not metrics:
             return {}
         epoch = next((log["epoch"] for log in history if log["step"] == step and "epoch" in log), None)
-        return {"split": "evaluation", "epoch": epoch, "heads": {"base": metrics}}
+        return {"split": "evaluation", "epoch": epoch, "heads": {self.active_head: metrics}}
 
     def push_to_hub(
         self,

@@ -295,15 +295,9 @@ def report_stage(
         results["routing"] = route_experts(trainer, recipe, images[split], train)
     if stage == "stage1":
         results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
-    before, tensors = load_heads(run / "stage1") if stage == "stage2" else ({}, {})
-    # Another kind of head, cosine or ETF, has no place in the network with a linear one; nor has one of a backbone
-    # whose statistics have moved since.
-    moved = getattr(trainer.args, "backbone_statistics", "frozen") == "shifted"
-    before = {name: state for name, state in before.items() if state.keys() == heads[head].keys() and not moved}
+    tensors = load_heads(run / "stage1")[1] if stage == "stage2" else {}
     trainer.export(
         str(run / stage),
-        head_name=head,
-        heads=before | heads,
         class_means=means["train"][0].float(),
         metadata={"stage": stage, "recipe_digest": results["recipe_digest"], "seed": recipe.seed},
         **{name: tensors[name] for name in ("centers",) if name in tensors},

@@ -10,7 +10,9 @@ from small_images import SmallImages
 from transformers import TrainerCallback
 
 from nc_hf.heads import LinearHead, scaled
+from nc_hf.hub import load_heads, load_pretrained
 from nc_hf.models.classifier import load_classifier
+from nc_hf.models.headed import replace_head
 from nc_hf.retraining import max_norm_radius, project_rows, retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
 
@@ -182,6 +184,24 @@ def test_several_heads_from_one_backbone(trained, images, tmp_path):
     torch.testing.assert_close(trainer.heads["tau_norm"]["weight"], trained.fc.weight.detach() / norms.detach() ** 0.5)
     shift = trainer.heads["logit_adjusted"]["bias"] - trained.fc.bias.detach()
     torch.testing.assert_close(shift, -0.5 * (counts / counts.sum()).log().float())
+
+
+def test_a_saved_folder_has_every_head_that_fits(trained, images, tmp_path):
+    model = copy.deepcopy(trained)
+    trainer = retrain_classifier(model, images, arguments(tmp_path, heads=["ncm", "crt"]))
+    trainer.save_model(str(tmp_path / "model"))
+    heads, _ = load_heads(tmp_path / "model")
+    assert heads.keys() == {"base", "ncm", "crt"}
+    assert torch.equal(heads["base"]["weight"], trained.fc.weight)
+    assert torch.equal(load_pretrained(tmp_path / "model")[0].fc.weight, trainer.heads["ncm"]["weight"])
+    assert torch.equal(load_pretrained(tmp_path / "model", head="base")[0].fc.weight, trained.fc.weight)
+    moved = retrain_classifier(model, images, arguments(tmp_path / "shifted", backbone_statistics="shifted"))
+    fixed, _ = load_classifier("resnet20_cifar", 4)
+    replace_head(fixed, "etf")
+    replaced = retrain_classifier(fixed, images, arguments(tmp_path / "etf"))
+    for number, other in enumerate([moved, replaced]):
+        other.save_model(str(tmp_path / str(number)))
+        assert load_heads(tmp_path / str(number))[0].keys() == {"crt"}
 
 
 def test_tau_is_chosen_on_the_validation_split(trained, images, tmp_path):
