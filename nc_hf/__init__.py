@@ -19,7 +19,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CollapseCallback": "collapse_callback",
+    "EpochSampler": "sampling",
     "ImageTransform": "data.augment",
+    "LongTailAccuracy": "metrics",
     "NCTrainer": "trainer",
     "NCTrainingArguments": "training_args",
     "NeuralCollapseLoss": "losses.collapse",
@@ -28,7 +30,9 @@ _HOMES = {
     "build_release": "release",
     "between_class_loss": "losses.collapse",
     "class_counts": "data.long_tail",
+    "class_weights": "rebalancing",
     "compute_metrics_for": "metrics",
+    "evaluate_classifier": "evaluation",
     "image_settings": "models.classifier",
     "load_classifier": "models.classifier",
     "load_images": "data.images",

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nc_hf.losses.collapse import NeuralCollapseLoss, gather_with_gradient
+from nc_hf.losses.class_means import gather_with_gradient
+from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.losses.contrastive import (
     assign_targets,
     queue_contrastive_loss,

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from nc_hf.models.classifier import find_head, load_classifier
-from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, check_tensors, local_folder
+from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, local_folder
+from nc_hf.models.saved_heads import load_heads, remember_stage_one
 
 
 def save_pretrained(
@@ -131,19 +132,6 @@ def _save_transformers(model: nn.Module, folder: Path, label_names: list[str], i
         image_processor.save_pretrained(folder)
 
 
-def load_heads(folder: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Heads by name, and the other tensors (`centers`, `class_means`, `class_counts`), of a saved folder."""
-    path, tensors = Path(folder) / HEADS, {}
-    if path.is_file():
-        check_tensors(path)
-        tensors = load_file(path)
-    heads: dict[str, dict[str, Tensor]] = {}
-    for name in [name for name in tensors if name.startswith("heads.")]:
-        head, _, parameter = name.removeprefix("heads.").partition(".")
-        heads.setdefault(head, {})[parameter] = tensors.pop(name)
-    return heads, tensors
-
-
 def load_pretrained(
     folder: str | Path, head: str | None = None, *, revision: str | None = None
 ) -> tuple[nn.Module, Any]:
@@ -164,5 +152,7 @@ def load_pretrained(
         heads, _ = load_heads(folder)
         if head not in heads:
             raise ValueError(f"{folder.name} has no head {head!r}; it has {', '.join(sorted(heads)) or 'none'}.")
-        find_head(model)[1].load_state_dict(heads[head])
+        layer = find_head(model)[1]
+        layer.load_state_dict(heads[head])
+        remember_stage_one(layer, heads.get("base"))
     return model.eval(), processor

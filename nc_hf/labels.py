@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+PLACEHOLDER = re.compile(r"(LABEL_)?\d+")
+MAX_SHOWN = 5  # pairs of names in a warning
 
 
 def labels_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
@@ -68,7 +76,10 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def check_class_order(source: str, own: Sequence[str] | None, names: Sequence[str]) -> None:
-    """Refuse data that number the classes of a model otherwise than the model.
+    """Refuse data that number the classes of a model otherwise than the model; warn once of other names.
+
+    Numbers and placeholders (`LABEL_0`) instead of names tell nothing, unless both have the same ones. A model with
+    another number of classes is passed, since it gets a new head.
 
     Args:
         source: of the model.
@@ -76,14 +87,38 @@ def check_class_order(source: str, own: Sequence[str] | None, names: Sequence[st
         names: of the data.
 
     Raises:
-        ValueError: for the same names in another order.
+        ValueError: for a name of both that is another class in each.
     """
-    if own and set(own) == set(names) and list(own) != list(names):
-        k = next(k for k in range(len(own)) if own[k] != names[k])
+    if not own or len(own) != len(names):
+        return
+    if set(own) != set(names) and (_are_placeholders(own) or _are_placeholders(names)):
+        return
+    differing = [k for k in range(len(own)) if own[k] != names[k]]
+    known = set(own)
+    moved = next((k for k in differing if names[k] in known), None)
+    if moved is not None:
+        k, name = differing[0], names[moved]
         raise ValueError(
             f"{source} has the classes of the data in another order: its class {k} is {own[k]!r}, and that of the "
-            f"data is {names[k]!r}. Give the data the labels that the model was trained with."
+            f"data is {names[k]!r}; {name!r} is class {list(own).index(name)} of the model and {moved} of the data. "
+            "Give the data the labels that the model was trained with; a class folder renamed shifts those after it."
         )
+    if differing:
+        pairs = ", ".join(f"{own[k]!r} and {names[k]!r}" for k in differing[:MAX_SHOWN])
+        more = f" and {len(differing) - MAX_SHOWN} more" if len(differing) > MAX_SHOWN else ""
+        _warn_once(
+            f"{source} and the data name {len(differing)} of {len(own)} classes differently: {pairs}{more}. Make sure "
+            "that they are the same classes, or train the model on the data."
+        )
+
+
+def _are_placeholders(names: Sequence[str]) -> bool:
+    return all(PLACEHOLDER.fullmatch(str(name)) for name in names)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def _labels_and_names(dataset: Any, column: str | None) -> tuple[np.ndarray, list[str]] | None:

@@ -17,6 +17,7 @@ from nc_hf.card_tables import ACCURACIES, HEADS, accuracy_table, better_head, cl
 from nc_hf.doors import doors_of, needs_nc_hf
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+RELEASE_FOLDER = "release"  # in the folder of a run, which then names the model
 PICTURES = {  # what a screen reader says, and the caption
     "classes": (
         "Accuracy and training images per class",
@@ -94,6 +95,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
     folder = Path(folder)
     # An absolute path says nothing to others.
     source = repo_id or (folder.name if folder.is_absolute() else folder.as_posix())
+    own = folder.resolve()
+    name = repo_id.split("/")[-1] if repo_id else own.parent.name if own.name == RELEASE_FOLDER else own.name
     config = json.loads((folder / "config.json").read_text())
     results = [_read(path) for path in (folder / "results.json", *sorted((folder / "seeds").glob("*.json")))]
     twin = _read(folder / "twin.json") if (folder / "twin.json").is_file() else None
@@ -101,9 +104,9 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
     first, head, metadata = results[0], config["nc_hf"]["active_head"], dict(metadata or {})
     dataset, told = dataset_facts(first), stages(first, recipe)
     card = ModelCard.from_template(
-        card_data=_card_data(folder, source, head, first, dataset, _tags(dataset, told), metadata),
+        card_data=_card_data(folder, name, head, first, dataset, _tags(dataset, told), metadata),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=escaped(source.split("/")[-1]),
+        name=escaped(name),
         source=source,
         timm_source=f"hf-hub:{source}" if repo_id else f"local-dir:{source}",
         architecture=config.get("architecture") or config["architectures"][0],
@@ -158,7 +161,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _card_data(
     folder: Path,
-    source: str,
+    name: str,
     head: str,
     results: Mapping[str, Any],
     dataset: Mapping[str, Any],
@@ -188,7 +191,7 @@ def _card_data(
         tags=list(dict.fromkeys([*tags, *([own_tags] if isinstance(own_tags, str) else own_tags)])),
         datasets=[dataset["hub_id"]] if dataset["hub_id"] else own_datasets,
         metrics=["accuracy"] if evaluations else None,
-        model_name=source.split("/")[-1] if evaluations else None,
+        model_name=name if evaluations else None,
         eval_results=evaluations or None,
         **further,
     )

@@ -1,14 +1,23 @@
-"""What `NCTrainer` refuses before anything is built."""
+"""What `NCTrainer` refuses before anything is built, and of its data before the first step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import ConcatDataset, IterableDataset, Subset
-from transformers.trainer_utils import has_length
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
+from transformers.trainer_utils import IntervalStrategy, has_length
 
-from nc_hf.training_args import NCTrainingArguments
+from nc_hf.collation import Collator, collate
+from nc_hf.training_args import PAIRED, NCTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 BY_EPOCH = ("lr_milestones", "lr_cosine", "warmup_epochs", "drw_epoch", "start_epoch")
 
@@ -23,7 +32,7 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for a loss function beside ours, several GPUs in one process, another number of processes than
             expected, a draw beside `sampler`, part of an image set, a stream with settings that need its labels or
-            length, or an optimizer made without the centers.
+            length, an optimizer made without the centers, or metrics of predictions that are not joined.
     """
     if given.get("compute_loss_func") is not None:
         raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
@@ -47,6 +56,11 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
             f"{type(dataset).__name__} would show the images of load_images without augmentation. Divide or join "
             "the data before load_images: by validation_fraction of load_splits, train_test_split or "
             "datasets.concatenate_datasets."
+        )
+    if given.get("compute_metrics") is not None and not (args.eval_do_concat_batches or args.batch_eval_metrics):
+        raise ValueError(
+            "`eval_do_concat_batches: False` would hand lists of batches to compute_metrics, where that of "
+            "compute_metrics_for takes arrays of all predictions. Leave it at True, or compute_metrics out."
         )
     own_optimizer = (given.get("optimizers") or (None, None))[0] or given.get("optimizer_cls_and_kwargs")
     if own_optimizer and args.centers == "learned" and args.collapse_enabled:
@@ -73,3 +87,109 @@ def _check_stream(args: NCTrainingArguments, dataset: IterableDataset) -> None:
             f"`{'`, `'.join(by_epoch)}` count epochs, which a stream without a length does not have. Switch them off "
             "and use `lr_scheduler_type`, or give a data set with a length."
         )
+
+
+def warn_of_unsavable(classifier: nn.Module) -> None:
+    """Say at once of a model that is neither timm's nor transformers' that no folder can be made of it."""
+    if not (hasattr(classifier, "pretrained_cfg") or hasattr(classifier, "config")):
+        logger.warning(
+            "%s is neither a timm model nor a transformers one. It trains, and its checkpoints resume, but save_model "
+            "and a push will refuse to make a folder of it: save the state_dict of `trainer.classifier` instead.",
+            type(classifier).__name__,
+        )
+
+
+# ---- The data ----
+
+
+def check_data(args: NCTrainingArguments, dataloader: Any, eval_dataset: Any, data_collator: Collator) -> None:
+    """Refuse data of which no batch can be made, before the first step. At most one sample of a data set is read.
+
+    A collator of the user's may make a batch of anything, so samples are looked at for ours alone.
+
+    Args:
+        args: of the run.
+        dataloader: of the training.
+        eval_dataset: of the trainer: one, several by name, or None.
+        data_collator: of the trainer.
+
+    Raises:
+        ValueError: for an epoch without a batch, and for samples without images or without labels to train on.
+    """
+    if not isinstance(dataloader, DataLoader):
+        return
+    if has_length(dataloader) and len(dataloader) == 0 and args.dataloader_drop_last:
+        _refuse_empty_epochs(args, len(dataloader.dataset))
+    if data_collator is not collate:
+        return
+    _check_sample("train_dataset", dataloader.dataset, dataloader.collate_fn, ("pixel_values", "labels"))
+    if args.eval_strategy != IntervalStrategy.NO and not args.remove_unused_columns:
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        for name, dataset in sets.items():
+            _check_sample(f"eval_dataset {name}".strip(), dataset, collate, ("pixel_values",))
+
+
+def _refuse_empty_epochs(args: NCTrainingArguments, images: int) -> None:
+    each = "twice each" if args.sampler in PAIRED.values() else "once each"
+    raise ValueError(
+        f"`dataloader_drop_last` leaves no batch of an epoch: {images} images, drawn {each}, do not fill one batch of "
+        f"{args.train_batch_size} on {args.world_size} process(es). Lower per_device_train_batch_size, or set "
+        "dataloader_drop_last=False."
+    )
+
+
+def _check_sample(name: str, dataset: Any, collator: Collator, needed: tuple[str, ...]) -> None:
+    """Refuse a data set if the collator makes no batch with these keys of its first sample."""
+    rows = _first_rows(dataset)
+    if rows is None:
+        return
+    problem: Exception | None = None
+    try:
+        batch = collator(rows)
+        missing = [key for key in needed if key not in batch]
+    except Exception as error:  # whatever a collator makes of something unknown
+        problem, missing = error, list(needed)
+    if missing:
+        sample = rows if isinstance(rows, Mapping) else rows[0]
+        raise ValueError(
+            f"`{name}` gives {_described(sample)}, of which no batch with `{'` and `'.join(missing)}` can be made. "
+            "load_images makes a set for NCTrainer of a `datasets.Dataset` with images and labels. A set of your own "
+            "must return dicts with `pixel_values`, a tensor (3, H, W), and `labels`, an integer, and nothing else "
+            "that cannot be stacked; or give NCTrainer a data_collator."
+        ) from problem
+
+
+def _first_rows(dataset: Any) -> Any:
+    """What a data loader would get for index 0; None for a stream, our own sets, and what cannot be read that way."""
+    if dataset is None or isinstance(dataset, IterableDataset) or getattr(dataset, "accepts_draws", False):
+        return None
+    try:
+        if len(dataset) == 0:
+            return None
+        with _unmoved_random_state():
+            return dataset.__getitems__([0]) if getattr(dataset, "__getitems__", None) else [dataset[0]]
+    except Exception:  # the training meets it in its own place, with the index that it asks for
+        return None
+
+
+@contextmanager
+def _unmoved_random_state() -> Iterator[None]:
+    """Put the global generators of Python, numpy and torch back as they were."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _described(sample: Any) -> str:
+    """A sample in a few words, such as "a dict with `image` (PngImageFile), `label` (int)"."""
+    if isinstance(sample, Mapping):
+        parts = ", ".join(f"`{key}` ({type(value).__name__})" for key, value in sample.items())
+        return f"a dict with {parts or 'nothing in it'}"
+    if isinstance(sample, tuple | list):
+        return f"a {type(sample).__name__} of {', '.join(type(value).__name__ for value in sample) or 'nothing'}"
+    return f"a {type(sample).__name__}"

@@ -21,7 +21,8 @@ def class_weights(class_counts: Sequence[int], scheme: ClassWeighting, *, beta: 
         beta: of the effective number, in [0, 1).
 
     Returns:
-        (K,) float64; 0 for a class without images.
+        (K,) float64; 0 for a class without images. For a loss, in the type of the logits:
+        `cross_entropy(logits, labels, weight=torch.tensor(weights, dtype=logits.dtype))`.
 
     Raises:
         ValueError: for an unknown scheme, a beta outside [0, 1), or when no class has an image.

@@ -159,14 +159,15 @@ def coerced(section: str, name: str, value: Any, where: str) -> Any:
     try:
         return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError as error:
-        expected = _type_name(get_type_hints(SECTIONS.get(section, Recipe))[name])
+        expected = type_name(get_type_hints(SECTIONS.get(section, Recipe))[name])
         problem = error.errors()[0]["msg"]
         raise ValueError(
             f"{where}: `{_dotted(section, name)}` must be {expected}, got {value!r} ({problem})."
         ) from None
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A declared type in words."""
     if isinstance(hint, type) and not get_args(hint):
         return hint.__name__
     return re.sub(r"Optional\[(.*)\]$", r"\1 | None", str(hint).replace("typing.", ""))

@@ -15,7 +15,7 @@ from torch import Tensor
 from nc_hf.data.provenance import PROVENANCE
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 from nc_hf.finished_run import class_means_of, read_run
-from nc_hf.model_card import write_card
+from nc_hf.model_card import RELEASE_FOLDER, write_card
 from nc_hf.recipe import Recipe, dump_recipe, recipe_digest
 from nc_hf.results import read_results, write_results
 
@@ -50,7 +50,7 @@ def build_release(
         ValueError: for a figure that is not finite, or seeds that are of another recipe or were given twice.
     """
     run = Path(run)
-    folder = run / "release" if folder is None else Path(folder)
+    folder = run / RELEASE_FOLDER if folder is None else Path(folder)
     # All of it is read, and refused where it has to be, before what is there is touched.
     (results, recipe), means = read_run(run), class_means_of(run)
     recipe = _without_paths(recipe)

@@ -18,12 +18,14 @@ from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, neare
 from nc_hf.models.classifier import find_head, reset_head
 from nc_hf.models.headed import replace_head
 from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
+from nc_hf.models.saved_heads import remember_stage_one, stage_one_state
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
 from nc_hf.schedule import move_to_own_group
 from nc_hf.trainer import NCTrainer
 
 logger = logging.getLogger(__name__)
 
+LINEAR = nn.Linear | nn.Conv2d
 TAUS = [round(0.1 * step, 1) for step in range(21)]  # the grid of Kang et al. 2020
 
 
@@ -37,6 +39,8 @@ class HeadTrainer(NCTrainer):
     def __init__(
         self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any
     ) -> None:
+        self.heads: dict[str, dict[str, Tensor]] = {}  # by name, once `retrain_classifier` is done
+        self.taus: dict[str, float] = {}
         self._hook, (_, layer) = None, find_head(model, head=kwargs.get("head"))
         self._radius = None
         if args.max_norm_threshold is not None:  # not with the optimizer: a resumed run has other weights by then
@@ -113,6 +117,8 @@ def retrain_classifier(
 ) -> HeadTrainer:
     """Give a trained classifier the new heads of `args.heads`; the backbone stays as it is, bit for bit.
 
+    They are made from stage one's head, also where an earlier stage two has put another one in its place.
+
     The backbone is in eval mode throughout, so the running statistics of its norms do not move, unless
     `backbone_statistics` is `"shifted"`. With `features="images"` every draw is augmented afresh; `"cached"` computes
     features once over several augmented views. Computed heads look at the training images without augmentation.
@@ -127,7 +133,8 @@ def retrain_classifier(
 
     Returns:
         A trainer that holds the model: `.classifier`, `.evaluate()`, `.save_model(folder)`, which keeps every head by
-        name, stage one's linear head as `"base"`; and `.heads`, the state dict of each new head by name.
+        name, stage one's linear head as `"base"`; `.heads`, the state dict of each new head by name; and `.taus`, the
+        tau of each head that has one.
 
     Raises:
         ValueError: as `NCTrainer` and `check_heads`.
@@ -135,10 +142,10 @@ def retrain_classifier(
     """
     head_name, layer = find_head(model, head=head)
     check_heads(layer, args)
-    had_linear_head = isinstance(layer, nn.Linear | nn.Conv2d)
-    if not had_linear_head:
+    stage_one = stage_one_state(layer) if isinstance(layer, LINEAR) else None
+    if not isinstance(layer, LINEAR):
         layer = replace_head(model, "linear")
-    base = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+    base = stage_one or {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
     frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
     kwargs |= {"train_dataset": train_dataset, "head": head_name}
     heads: dict[str, dict[str, Tensor]] = {}
@@ -158,9 +165,9 @@ def retrain_classifier(
     trainer.heads = {name: heads[name] for name in args.heads}
     trainer.active_head = args.heads[0]
     layer.load_state_dict(trainer.heads[trainer.active_head])
-    # Stage one's head is of use on the same features only, and in the network only if it was a linear one.
-    is_kept = had_linear_head and args.backbone_statistics != "shifted"
-    trainer.other_heads = ({"base": base} if is_kept else {}) | trainer.heads
+    remember_stage_one(layer, stage_one)
+    is_kept = stage_one is not None and args.backbone_statistics != "shifted"  # it is of use on the same features
+    trainer.other_heads = ({"base": stage_one} if is_kept else {}) | trainer.heads
     changed = [name for name, now in _backbone(model, head_name, args).items() if not torch.equal(frozen[name], now)]
     if changed:
         raise RuntimeError(f"the frozen backbone changed in stage two: {', '.join(changed[:5])}.")
@@ -175,22 +182,28 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
         args: of stage two.
 
     Raises:
-        ValueError: for heads that need a linear one, or a bias that the head does not have; and for experts.
+        ValueError: for heads that need a linear one, a bias that the head does not have, or stage one's head where
+            only a later one is left; and for experts.
     """
-    if isinstance(layer, nn.Linear | nn.Conv2d):
+    reused = [f"heads: {name}" for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
+    reused += ["head_init: keep"] if "crt" in args.heads and args.head_init == "keep" else []
+    reused += ["match_base_norm"] if args.match_base_norm else []
+    if isinstance(layer, LINEAR):
         biased = [name for name in args.heads if name in ("ncm", "least_squares", "logit_adjusted")]
         if biased and layer.bias is None:
             raise ValueError(
                 f"`heads: {biased}` need a bias, which the model's last layer does not have. Leave them out."
+            )
+        if reused and stage_one_state(layer) is None:
+            raise ValueError(
+                f"`{reused[0]}` goes on from stage one's head, in whose place the model has one of an earlier stage "
+                "two. Load stage one's folder, or use crt with head_init: new, ncm or least_squares."
             )
         return
     if not isinstance(layer, REPLACEABLE_HEADS):
         raise ValueError(
             f"stage two cannot replace {type(layer).__name__} by a linear head. Leave stage two out (stage2: null)."
         )
-    reused = [f"heads: {name}" for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
-    reused += ["head_init: keep"] if "crt" in args.heads and args.head_init == "keep" else []
-    reused += ["match_base_norm"] if args.match_base_norm else []
     if reused:
         raise ValueError(
             f"`{reused[0]}` goes on from a linear head, and stage one's is {type(layer).__name__}. "
@@ -262,10 +275,11 @@ def _computed_heads(
         elif args.tau is None and validation is not None:
             parts = [(features.cpu(), labels.cpu()) for features, _, labels in trainer.iterate_features(validation)]
             features, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            tau, heads[name] = choose(TAUS, by_tau[name], features, labels, len(weight))
-            logger.info("%s: tau %s chosen on %d validation images", name, tau, len(labels))
+            trainer.taus[name], heads[name] = choose(TAUS, by_tau[name], features, labels, len(weight))
+            logger.info("%s: tau %s chosen on %d validation images", name, trainer.taus[name], len(labels))
         else:
-            heads[name] = by_tau[name](1.0 if args.tau is None else args.tau)
+            trainer.taus[name] = 1.0 if args.tau is None else args.tau
+            heads[name] = by_tau[name](trainer.taus[name])
     return heads
 
 

@@ -45,6 +45,12 @@ class EpochSampler(Sampler):
     Two give twice as many draws, for methods that look at pairs: `"bilateral"` alternates between `"instance"` and
     `"reversed"` (BBN), `"two_views"` draws each image of a shuffle twice in a row (contrastive losses).
 
+    A pass takes the epoch of the last `set_epoch`, as the Trainer calls it, and each further pass the next one:
+
+        sampler = EpochSampler(labels, "class_balanced", seed=0)
+        loader = DataLoader(dataset, batch_size=64, sampler=sampler)
+        losses = [train_step(batch) for epoch in range(10) for batch in loader]  # other draws in each epoch
+
     Args:
         labels: (N,) integers in [0, K).
         name: one of the above.
@@ -77,24 +83,26 @@ class EpochSampler(Sampler):
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
         self.counts = torch.bincount(self.labels).numpy()
         self.name, self.seed, self.num_epochs = name, seed, num_epochs
-        self.with_draws, self.effective_number_beta, self.epoch = with_draws, effective_number_beta, 0
+        self.with_draws, self.effective_number_beta = with_draws, effective_number_beta
+        self.epoch, self._taken = 0, False  # whether a pass has taken this epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next pass."""
-        self.epoch = epoch
+        self.epoch, self._taken = epoch, False
 
     def __len__(self) -> int:
         """Draws an epoch: the number of images, or twice that."""
         return len(self.labels) * (2 if self.name in ("bilateral", "two_views") else 1)
 
     def __iter__(self) -> Iterator[int] | Iterator[tuple[int, int]]:
-        """Indices, or (index, draw) pairs, of the current epoch."""
+        """Indices, or (index, draw) pairs, of the epoch that was set, else of the one after the last pass."""
+        self.epoch, self._taken = self.epoch + self._taken, True
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch))
         indices = self._order(generator).tolist()
         if self.with_draws:
             first = self.epoch * len(self)
-            return iter([(index, first + position) for position, index in enumerate(indices)])
-        return iter(indices)
+            indices = [(index, first + position) for position, index in enumerate(indices)]
+        yield from indices
 
     def _order(self, generator: torch.Generator) -> Tensor:
         count = len(self.labels)

@@ -28,6 +28,7 @@ from nc_hf.checkpoints import (
 from nc_hf.hub import label_names_of, save_pretrained
 from nc_hf.interruption import SaveOnSignal
 from nc_hf.model_card import ACCURACIES, write_card
+from nc_hf.models.saved_heads import forget_stage_one
 from nc_hf.publishing import PushError, check_access, check_folder, push_folder
 from nc_hf.results import environment, write_results
 from nc_hf.task import ClassificationTask
@@ -71,6 +72,8 @@ class SavingTrainer(Trainer):
             resume_from_checkpoint = newest_complete(self.args.output_dir) or self.args.resume_from_checkpoint
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if not self.task.freeze_backbone:
+            forget_stage_one(self.task.head)
         if kwargs.get("trial") is not None:  # `Trainer` makes the model before it sets the arguments of the trial
             self._hp_search_setup(kwargs["trial"])
         try:

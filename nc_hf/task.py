@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
+
+logger = logging.getLogger(__name__)
 
 
 class Update(NamedTuple):
@@ -213,7 +216,11 @@ class ClassificationTask(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Recompute activations of the classifier in the backward pass."""
+        """Recompute activations of the classifier in the backward pass; warns of batch norms that move twice then.
+
+        Raises:
+            ValueError: for a classifier that cannot.
+        """
         if hasattr(self.classifier, "activation_checkpointing_enable"):
             self.classifier.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=activation_checkpointing_kwargs,
@@ -226,3 +233,17 @@ class ClassificationTask(nn.Module):
             raise ValueError(
                 f"{type(self.classifier).__name__} cannot recompute activations; leave activation_checkpointing off."
             )
+        if moving := self._moving_norms():
+            logger.warning(
+                "%s has %d batch norms. Those inside what is recomputed see each batch twice, and their running "
+                "statistics move twice an update: the evaluation differs a little from that of a run without "
+                "activation checkpointing.",
+                *(type(self.classifier).__name__, moving),
+            )
+
+    def _moving_norms(self) -> int:
+        """Number of batch norms whose running statistics follow the training."""
+        if self.freeze_backbone and not self.moving_statistics:
+            return 0
+        norms = (module for module in self.classifier.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        return sum(norm.track_running_stats for norm in norms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, default_data_collator
+from transformers import PrinterCallback, Trainer
 
+from nc_hf.collation import collate, spare_ready_batches
+from nc_hf.error_notes import noted_errors
 from nc_hf.labels import check_labels, counts_of, labels_of, names_of
 from nc_hf.metrics.geometry import class_means
 from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
 from nc_hf.objectives import build_task
-from nc_hf.preflight import check_trainer
+from nc_hf.preflight import check_data, check_trainer, warn_of_unsavable
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
@@ -55,6 +57,7 @@ class NCTrainer(SavingTrainer):
     """
 
     loss_is_scaled_for_ga = True  # the task divides by counts of the whole update
+    _sampler: EpochSampler | None = None  # of the training images
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class NCTrainer(SavingTrainer):
         super().__init__(model=task, args=args, **kwargs)
         if any(isinstance(callback, RunLog) for callback in self.callback_handler.callbacks):
             self.remove_callback(PrinterCallback)  # one line an epoch is enough
+        warn_of_unsavable(self.classifier)
         self.label_names = ["labels"]
         self.label_smoother = None  # label smoothing is part of the task's loss
         self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
@@ -172,14 +176,8 @@ class NCTrainer(SavingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One batch forward and backward; stops all processes before the update if a loss is not finite."""
-        try:
+        with noted_errors():
             loss = super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            error.add_note(
-                "Halve per_device_train_batch_size and double gradient_accumulation_steps: an update then has the "
-                "same images, but class means of `ema` and `batch` centers are of half as many (`learned`: the same)."
-            )
-            raise
         self._finite = getattr(self, "_finite", True) & torch.isfinite(loss)
         if self.accelerator.sync_gradients:
             finite = self.accelerator.reduce(self._finite.float(), "sum") == self.accelerator.num_processes
@@ -217,7 +215,7 @@ class NCTrainer(SavingTrainer):
                 )
             return super()._get_train_sampler(dataset)
         with_draws = getattr(dataset, "accepts_draws", False)
-        return EpochSampler(
+        self._sampler = EpochSampler(
             labels,
             self.args.sampler,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
@@ -225,6 +223,13 @@ class NCTrainer(SavingTrainer):
             with_draws=with_draws,
             effective_number_beta=self.args.effective_number_beta,
         )
+        return self._sampler
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        # accelerate does not tell the sampler where a resumed loader skips batches on several processes.
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in `Trainer`, but `dataloader_drop_last` is for training: an evaluation sees every image.
@@ -249,12 +254,21 @@ class NCTrainer(SavingTrainer):
             args.dataloader_drop_last, args.dataloader_persistent_workers = before
 
     def set_initial_training_values(self, args: NCTrainingArguments, dataloader: Any) -> tuple:
-        """As in `SavingTrainer`; says in one line what the run will be."""
+        """As in `SavingTrainer`; looks at the data first, and says in one line what the run will be.
+
+        Raises:
+            ValueError: as `check_data`.
+        """
+        check_data(args, dataloader, self.eval_dataset, self.data_collator)
         values = super().set_initial_training_values(args, dataloader)
         if args.max_steps > 0:
             args.warn_about_late_epochs(self.num_epochs)
         logger.info("%s", describe_schedule(args, self.num_epochs, self.updates_per_epoch))
         return values
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        removing = super()._get_collator_with_removed_columns(data_collator, description)
+        return removing if removing is data_collator else spare_ready_batches(data_collator, removing)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: NCTrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -332,8 +346,3 @@ class NCTrainer(SavingTrainer):
         found = self.iterate_features(dataset, of_collapse=of_collapse)
         width = self.task.collapse.feature_dim if of_collapse else feature_dim(self.task.head)
         return class_means(((features, labels) for features, _, labels in found), self.task.num_classes, width)
-
-
-def collate(batch: Any) -> dict[str, Any]:
-    """Batches of our image sets are ready; the images of other data sets are stacked."""
-    return batch if isinstance(batch, Mapping) else default_data_collator(batch)

@@ -11,21 +11,19 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from nc_hf.argument_checks import check_centers, check_ranges, check_schedule
 from nc_hf.losses.classification import SUPERVISED_LOSSES, loss_entry
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
+from nc_hf.precision import Precision, check_precision, choose_precision
 from nc_hf.rebalancing import ClassWeighting
 from nc_hf.sampling import NAMES as SAMPLERS
 from nc_hf.sampling import SamplerName
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Objective = Literal["classification", "contrastive", "experts", "bilateral"]
 PAIRED = {"contrastive": "two_views", "bilateral": "bilateral"}  # objectives on pairs, and the sampler that makes them
-NOT_NEGATIVE = (
-    *("within_weight", "between_weight", "start_epoch"),
-    *("mixup_alpha", "cutmix_alpha", "warmup_epochs", "momentum"),
-)
+FLAG = {"nargs": "?", "const": True}  # for HfArgumentParser: `--bf16` alone is true
 # What allows for the class counts by itself, and samplers that level them.
 PRIOR_LOSSES = ("balanced_softmax", "arb", "logit_adjustment", "lade")
 LEVELLING_SAMPLERS = ("class_balanced", "effective_number", "class_aware", "reversed")
@@ -47,8 +45,10 @@ def resolve_epoch(value: float, num_epochs: float) -> float:
 class NCTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the paper's terms, re-balancing and schedules.
 
-    Where these differ from the defaults of `TrainingArguments`: `remove_unused_columns` is False (image transforms
-    need the image column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
+    Where these differ from the defaults of `TrainingArguments`: `precision` is auto, so a run is in bf16 or fp16 where
+    the device is fast at it, and `channels_last` follows it; `bf16` and `fp16` are None until then, which leaves the
+    choice open, while False rules one out; `remove_unused_columns` is False (image transforms need the image column)
+    and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
     `start_epoch`, `drw_epoch`, `lr_milestones` and `warmup_epochs` count epochs when they are 1 or more and are
     fractions of the run when they are less than 1.
 
@@ -56,6 +56,9 @@ class NCTrainingArguments(TrainingArguments):
     features, with the weight that the paper's 0.01 comes to on CIFAR-10 (where that norm is about 9). The recipes of
     the paper set `feature_scale: none` and the weights of its Table 1; `nc_learned.yaml` also `centers: learned`, as
     the authors' code.
+
+    Raises:
+        ValueError: for a value out of its range, and for settings that contradict or cannot act beside each other.
     """
 
     # Parameters that control the collapse terms
@@ -171,6 +174,20 @@ class NCTrainingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "auto: bf16 where the CPU or GPU has instructions for it, else fp16 on a GPU, else fp32."},
     )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "True is `precision: bf16`; False takes bf16 out of what `precision: auto` chooses from.",
+            **FLAG,
+        },
+    )
+    fp16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "True is `precision: fp16`; False takes fp16 out of what `precision: auto` chooses from.",
+            **FLAG,
+        },
+    )
     channels_last: bool | None = field(
         default=None, metadata={"help": "Memory format of convolutions; None chooses: on with bf16 or fp16."}
     )
@@ -195,15 +212,13 @@ class NCTrainingArguments(TrainingArguments):
             self.warn_about_late_epochs(self.num_train_epochs)
 
     def _check(self) -> None:
-        for name in NOT_NEGATIVE:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch it off.")
+        check_ranges(self)
+        check_precision(self)
         loss_entry(self.loss, self.loss_settings)
         self._check_objective()
         self._check_corrections()
-        self._check_schedule()
-        self._check_centers()
+        check_schedule(self)
+        check_centers(self)
         if self.push_to_hub and HubStrategy(self.hub_strategy) in (
             HubStrategy.CHECKPOINT,
             HubStrategy.ALL_CHECKPOINTS,
@@ -212,53 +227,6 @@ class NCTrainingArguments(TrainingArguments):
                 f"`hub_strategy: {self.hub_strategy}` would upload checkpoints, which need pickle to load. "
                 "Use every_save or end; checkpoints stay in the output folder."
             )
-
-    def _check_schedule(self) -> None:
-        if self.drw_epoch is not None and not self.drw_epoch >= 0:
-            raise ValueError(
-                f"`drw_epoch` must be at least 0, got {self.drw_epoch}. Leave it out to weigh from the start."
-            )
-        if self.drw_epoch is not None and self.class_weighting == "none":
-            raise ValueError(
-                f"`drw_epoch` is {self.drw_epoch} but `class_weighting` is none: nothing would be deferred. "
-                "Set class_weighting: effective_number, or leave drw_epoch out."
-            )
-        if self.lr_milestones and self.lr_cosine:
-            raise ValueError("`lr_milestones` and `lr_cosine` are two schedules; set one of them.")
-        if self.warmup_epochs and not (self.lr_milestones or self.lr_cosine):
-            raise ValueError(
-                "`warmup_epochs` goes with `lr_milestones` or `lr_cosine`. "
-                "For the schedules of `lr_scheduler_type` use `warmup_steps`."
-            )
-
-    def _check_centers(self) -> None:
-        if self.replicate_leak and self.centers != "learned":
-            raise ValueError(
-                f"`replicate_leak` holds learned centers where they were drawn, and `centers` is {self.centers}. "
-                "Set centers: learned, or leave replicate_leak out."
-            )
-        if self.within_reduction == "images" and self.within_counts == "train":
-            raise ValueError(
-                "`within_reduction: images` is a mean over the images of an update, which `within_counts: train` "
-                "would divide by those of the training set. Leave within_counts at batch."
-            )
-        if self.centers == "learned" and self.collapse_enabled:
-            if self.within_weight == 0:
-                raise ValueError(
-                    "`centers: learned` needs within_weight > 0, since L_B reaches the features only through L_W. "
-                    "Use `centers: ema` or `batch` for L_B alone."
-                )
-            if self.feature_scale != "none":
-                raise ValueError(
-                    "`centers: learned` follow the features in their own units: set feature_scale: none, and "
-                    f"within_weight as in the paper (0.01 for CIFAR; it is {self.within_weight}). "
-                    "Or use `centers: ema`."
-                )
-            if self.optim != "sgd":
-                raise ValueError(
-                    f"`centers: learned` are trained by plain SGD and `optim` is {str(self.optim)!r}. "
-                    "Set optim: sgd, or use `centers: ema`, which needs no optimizer."
-                )
 
     def _check_objective(self) -> None:
         for objective, sampler in PAIRED.items():
@@ -309,10 +277,7 @@ class NCTrainingArguments(TrainingArguments):
                 )
 
     def _resolve_precision(self) -> None:
-        if self.mixed_precision != "no":  # bf16, fp16 or `accelerate launch --mixed_precision`
-            self.precision = self.mixed_precision
-        elif self.precision == "auto":
-            self.precision = _fast_precision(self.device)
+        self.precision = choose_precision(self, launched=self.mixed_precision)
         self.mixed_precision = "no" if self.precision == "fp32" else self.precision
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         if self.channels_last is None:
@@ -322,12 +287,19 @@ class NCTrainingArguments(TrainingArguments):
         """Warn of what would start after the last of `num_epochs` epochs."""
         for name in ("start_epoch", "drw_epoch"):
             value = getattr(self, name)
-            if value is not None and resolve_epoch(value, num_epochs) >= num_epochs > 0:
+            if value is None or resolve_epoch(value, num_epochs) < num_epochs or num_epochs <= 0:
+                continue
+            if 0 < value < 1:
                 logger.warning(
-                    "`%s` is %s but the run has %s epochs: it is never switched on.",
-                    name,
-                    value,
-                    num_epochs,
+                    "`%s` is %s, a share of the run cut to whole epochs, at least one: it would start after epoch %g, "
+                    "and the run ends after %g, so it is never switched on. Train longer, or set it to 0.",
+                    *(name, value, resolve_epoch(value, num_epochs), num_epochs),
+                )
+            else:
+                logger.warning(
+                    "`%s` is %s but the run has %s epochs: it is never switched on. From 1 on, the number counts "
+                    "epochs; below 1 it is a share of the run.",
+                    *(name, value, num_epochs),
                 )
 
     @property
@@ -339,12 +311,3 @@ class NCTrainingArguments(TrainingArguments):
     def collapse_enabled(self) -> bool:
         """Whether either collapse term has a weight."""
         return self.within_weight > 0 or self.between_weight > 0
-
-
-def _fast_precision(device: torch.device) -> Precision:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"

@@ -4,9 +4,9 @@
     accelerate launch recipes/train.py recipes/cifar10_lt/nc_drw_crt.yaml --data.data_dir <folder>
     accelerate launch --config_file recipes/accelerate/cpu_2.yaml recipes/train.py --stage1.expected_processes 2
 
-Any setting of a recipe can be overridden by `--section.key value`. The same command again resumes a run that was
-interrupted, and shows the table of one that is done. `--stage1.resume_from_checkpoint <run>/checkpoints/stage1/
-checkpoint-<step>` goes on from another run, where the two recipes do the same until there.
+Any setting of a recipe can be overridden by `--section.key value`; `--help` lists them. The same command again resumes
+a run that was interrupted, and shows the table of one that is done. `--stage1.resume_from_checkpoint
+<run>/checkpoints/stage1/checkpoint-<step>` goes on from another run, where the two recipes do the same until there.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ def main(arguments: list[str]) -> None:
     from nc_hf.processes import start_processes
     from nc_hf.recipe import dump_recipe, load_recipe, recipe_digest
 
+    if {"-h", "--help"} & set(arguments):
+        from nc_hf.recipe_help import recipe_help
+
+        return print(f"{__doc__}\n{recipe_help()}")
     default = str(HERE / "digits_lt" / "nc_drw_crt.yaml")
     path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else default
-    recipe = load_recipe(path, arguments)
+    try:
+        recipe = load_recipe(path, arguments)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
     from nc_hf.branching import check_branch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from small_images import SmallImages, network_without_batch_statistics
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from nc_hf.evaluation import geometry_of
 from nc_hf.models.classifier import load_classifier
@@ -52,6 +52,25 @@ def summary(run: NCTrainer) -> dict:
     return {"state": state, "losses": [record["loss"] for record in run.state.log_history if "loss" in record]}
 
 
+class StopAt(TrainerCallback):
+    """Ends a run after an update, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_save = state.global_step == self.step
+
+
+def resumed_within_an_epoch(folder: Path, processes: int) -> NCTrainer:
+    """The run `ema`, stopped in its second epoch and resumed by a new trainer."""
+    stopped, resumed = (trainer(folder, processes, network_without_batch_statistics(), **RUNS["ema"]) for _ in "ab")
+    stopped.add_callback(StopAt(len(stopped.train_dataset) // GLOBAL_BATCH + 1))
+    stopped.train()
+    resumed.train(resume_from_checkpoint=True)
+    return resumed
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     processes = int(sys.argv[2])
@@ -61,6 +80,7 @@ def main(folder: Path) -> None:
         torch.rand(1 + run.args.process_index)  # ranks whose global generators differ
         run.train()
         answers[name] = summary(run)
+    answers["resumed"] = summary(resumed_within_an_epoch(folder / "stopped", processes))
     odd = SmallImages(counts=(53, 30, 12, 6))  # 101 images, a number that no batch divides
     labels = torch.cat([labels for _, _, labels in run.iterate_features(odd)])
     answers["counted"] = torch.bincount(labels).tolist()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
+import timm
 import torch
 from torch import Tensor
 
-from nc_hf.losses.collapse import (
-    NeuralCollapseLoss,
-    between_class_loss,
-)
+from nc_hf.losses.collapse import NeuralCollapseLoss, between_class_loss, within_class_loss
 
 
 def double(values: list) -> Tensor:
@@ -110,6 +110,7 @@ def test_weight_zero_removes_a_term():
         ({"centers": "learned", "within_weight": 0.0}, "needs within_weight > 0"),
         ({"momentum": 1.0}, "must lie in \\[0, 1\\), got 1.0"),
         ({"between_objective": "max"}, "one of mean, min, gram, got 'max'"),
+        ({"class_counts": [5, 3]}, r"`class_counts` must be 3 numbers, one a class, got \(2,\)"),
     ],
 )
 def test_bad_settings_say_what_to_do(arguments, message):
@@ -185,3 +186,49 @@ def test_features_that_are_all_zero_are_finite_relative_to_themselves():
 def test_learned_centers_keep_the_units_of_the_features():
     with pytest.raises(ValueError, match='use feature_scale="none"'):
         NeuralCollapseLoss(3, 4, centers="learned", feature_scale="rms")
+
+
+def test_one_overflow_does_not_stay_in_the_running_means():
+    loss, labels = NeuralCollapseLoss(3, 4), torch.tensor([0, 0, 1, 2])
+    loss(torch.randn(4, 4), labels)
+    before = loss.centers.clone()
+    features = torch.randn(4, 4)
+    features[0, 1] = torch.inf
+    loss(features, labels)
+    assert torch.equal(loss.centers[0], before[0])
+    torch.testing.assert_close(loss.centers[1], 0.9 * before[1] + 0.1 * features[2])
+    assert all(term.isfinite() for term in loss(torch.randn(4, 4), labels).values())
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "message"),
+    [
+        (torch.zeros(2, 1), torch.tensor([0, 1]), r"must be \(B, 4\), the input of the head"),
+        (torch.zeros(2, 4, 1, 1), torch.tensor([0, 1]), r"got \(2, 4, 1, 1\) and labels of \(2,\)"),
+        (torch.zeros(2, 4), torch.tensor([0]), r"labels of \(1,\)"),
+        (torch.zeros(2, 4), torch.eye(3)[:2], r"labels of \(2, 3\)"),
+        (torch.zeros(2, 4), torch.zeros(2), "must be int64 or int32, got torch.float32"),
+        (torch.zeros(2, 4), torch.zeros(2, dtype=torch.uint8), "Convert them by `labels.long"),
+        (torch.zeros(2, 4), torch.tensor([0, -100]), "must lie in 0 to 2, the model's outputs, got -100"),
+    ],
+)
+def test_a_batch_that_would_broadcast_or_wrap_around_is_refused(features, labels, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralCollapseLoss(3, 4)(features, labels)
+    with pytest.raises(ValueError, match=message):
+        within_class_loss(features, labels, torch.zeros(3, 4))
+
+
+def test_second_labels_are_checked_too():
+    with pytest.raises(ValueError, match="got 3 in a batch"):
+        NeuralCollapseLoss(3, 4)(torch.zeros(2, 4), torch.tensor([0, 1]), partner_labels=torch.tensor([0, 3]))
+
+
+def test_the_example_of_an_own_loop_runs():
+    code = NeuralCollapseLoss.__doc__.split("any classifier of timm:\n\n")[1].split("\n\n")[0]
+    names = {"NeuralCollapseLoss": NeuralCollapseLoss, "F": torch.nn.functional}
+    names |= {"images": torch.randn(4, 3, 64, 64), "labels": torch.arange(4)}
+    names["model"] = timm.create_model("test_resnet", num_classes=10)
+    exec(textwrap.dedent(code), names)
+    names["loss"].backward()
+    assert names["logits"].shape == (4, 10)

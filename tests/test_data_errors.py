@@ -182,7 +182,7 @@ def test_data_of_a_user_are_told_apart(tmp_path: Path) -> None:
 def test_classes_without_images_are_kept_and_named(caplog: pytest.LogCaptureFixture) -> None:
     splits = load_splits(in_memory([0, 2, 2]))
     assert class_counts(splits["train"]).tolist() == [1, 0, 2]
-    assert "1 classes have no training image, the first is 'bee'" in caplog.text
+    assert "1 class has no training image: 'bee' (in no split)" in caplog.text
 
 
 @pytest.mark.parametrize("bad", [-1, -100, 3, 40])
@@ -318,7 +318,7 @@ def test_bad_file_is_an_error_or_left_out(
     expected = load_images(dataset.select([0, 1, 2, 4]), SMALL, input_path=path)
     assert (images[3]["pixel_values"] == expected[3]["pixel_values"]).all()
     assert expected.skipped == 0
-    assert "1 unreadable images are left out" in caplog.text and "3.png" in caplog.text
+    assert "1 unreadable image is left out" in caplog.text and "3.png" in caplog.text
 
 
 def test_bad_bytes_are_located_by_row() -> None:

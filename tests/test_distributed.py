@@ -41,6 +41,12 @@ def test_two_processes_train_as_one(runs, name):
     assert len(set(alone["losses"])) == len(alone["losses"])  # something was trained
 
 
+def test_a_run_resumed_within_an_epoch_goes_on_with_its_images(runs):
+    for rank, answers in enumerate(runs):
+        for key, values in answers["ema"]["state"].items():
+            np.testing.assert_array_equal(answers["resumed"]["state"][key], values, err_msg=f"{key}, run {rank}")
+
+
 def test_centers_of_a_network_with_batch_norm_are_identical_on_both_ranks(runs):
     alone, first, second = (answers["resnet"] for answers in runs)
     assert first["state"]["collapse.centers"] == second["state"]["collapse.centers"]

@@ -231,6 +231,17 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         assert error.mean() < (100 if mode == "1" else 30 if mode == "P" else 1)
 
 
+def test_images_of_16_bits_are_scaled_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    images_module._tell_of_16_bits.cache_clear()
+    gray = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 200
+    row = encoded(PIL.Image.fromarray(gray))
+    pixels = ResidentImages(labelled([row] * 20), transform("none", (16, 16))).pixels
+    assert (pixels[..., 1].numpy() == gray // 256).all()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) < 20  # at most once by each of the threads
+    assert "16 bits are scaled down to 8" in told[0] and "clip" in told[0]
+
+
 def test_images_are_turned_as_their_exif_says() -> None:
     image = PIL.Image.fromarray(pixels((16, 16), 1))
     exif = PIL.Image.Exif()

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from nc_hf.data.augment import ImageTransform
+from nc_hf.labels import check_class_order
 from nc_hf.models.classifier import (
     find_head,
     image_settings,
@@ -212,9 +213,40 @@ def test_transformers_folder(transformers_folder):
 def test_names_in_another_order_than_the_saved_ones_are_refused(kind, request):
     folder = str(request.getfixturevalue(f"{kind}_folder"))
     load_classifier(folder, label_names=list("wxyz"))
-    load_classifier(folder, label_names=list("abcd"))
+    load_classifier(folder, label_names=list("zyxwv"))  # a new head, so any order
     with pytest.raises(ValueError, match="in another order: its class 1 is 'x', and that of the data is 'y'"):
         load_classifier(folder, label_names=list("wyxz"))
+
+
+def test_a_renamed_class_that_shifts_others_is_refused():
+    own = ["Amsel", "Zebra", "großer Hund"]
+    with pytest.raises(ValueError, match="its class 1 is 'Zebra', and that of the data is 'Hund'") as error:
+        check_class_order("me/model", own, ["Amsel", "Hund", "Zebra"])
+    assert "'Zebra' is class 1 of the model and 2 of the data" in str(error.value)
+    check_class_order("me/cranes", ["crane", "yak", "crane"], ["crane", "yak", "crane (machine)"])
+
+
+def test_other_names_in_the_same_places_are_warned_of_once(caplog):
+    for _ in range(2):
+        check_class_order("me/birds", ["Amsel", "Hund"], ["Amsel", "großer Hund"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "me/birds and the data name 1 of 2 classes differently: 'Hund' and 'großer Hund'. Make sure that they are the "
+        "same classes, or train the model on the data."
+    ]
+    caplog.clear()
+    check_class_order("me/imagenet", [f"bird {k}" for k in range(9)], [f"n0{k}" for k in range(9)])
+    assert "9 of 9 classes differently: 'bird 0' and 'n00', " in caplog.text
+    assert "'bird 4' and 'n04' and 4 more." in caplog.text and "bird 5" not in caplog.text
+
+
+@pytest.mark.parametrize("own", [["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]])
+def test_placeholders_are_no_names(own, caplog):
+    for names in (["ant", "bee", "cat"], ["1", "2", "3"], own):
+        check_class_order("me/model", own, names)
+        check_class_order("me/model", names, own)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="another order"):
+        check_class_order("me/model", own, own[::-1])
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
@@ -235,7 +267,7 @@ def test_head_of_another_size_is_drawn_anew_and_said_once(kind, request, caplog)
         assert model.config.id2label == {k: str(k) for k in range(7)}
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="nc_hf"):
-        same, _ = load_classifier(str(folder), 4, list("abcd"))
+        same, _ = load_classifier(str(folder), 4, list("wxyz"))
     assert not [record for record in caplog.records if record.name.startswith("nc_hf")]
     assert all(torch.equal(tensor, before[name]) for name, tensor in same.state_dict().items())
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,7 +17,7 @@ import nc_hf
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-LOAD, EXPORT, FINE_TUNE = BLOCKS
+LOAD, EXPORT, FINE_TUNE, PARTS = BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,19 @@ def test_every_public_name_is_there():
 
 
 def test_the_blocks_are_as_short_as_promised():
-    load, export, fine_tune = (len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS)
+    load, export, fine_tune = (len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS[:3])
     assert load <= 4
     assert export <= 4
     assert fine_tune <= 12
+
+
+def test_the_parts_work_in_a_loop_of_ones_own():
+    labels = [k for k in range(4) for _ in range(20)]
+    features = Features({"label": ClassLabel(names=["a", "b", "c", "d"])})
+    made = {"dataset": Dataset.from_dict({"label": labels}, features=features)}
+    made |= {"images": torch.randn(8, 3, 64, 64), "labels": torch.arange(8) % 4}
+    exec(PARTS, made)
+    made["loss"].backward()
+    assert made["counts"].tolist() == [20, 9, 4, 2] and len(list(made["sampler"])) == 35
+    made["metric"].add_batch(predictions=made["logits"].argmax(1), references=made["labels"])
+    assert 0 <= made["metric"].compute()["accuracy"] <= 1

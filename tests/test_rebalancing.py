@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,6 +49,14 @@ def test_weights_are_finite_with_mean_one_and_favour_the_rare(counts, scheme):
     assert weights[counts > 0].mean() == pytest.approx(1)
     present = np.argsort(counts[counts > 0])
     assert (np.diff(weights[counts > 0][present]) <= 1e-12).all()
+
+
+def test_the_call_in_the_docstring_weights_a_loss():
+    call = "cross_entropy(logits, labels, weight=torch.tensor(weights, dtype=logits.dtype))"
+    assert f"`{call}`" in class_weights.__doc__
+    weights, logits, labels = class_weights([4, 1], "inverse"), torch.zeros(2, 2), torch.tensor([0, 1])
+    loss = eval(call, {"cross_entropy": F.cross_entropy, "torch": torch}, locals())
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(np.log(2))
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ model:
         ("stage1:\n  learning_rate: inf\n", 2, "must be float, got 'inf' (Input should be a finite number)"),
         ("stage1:\n  learning_rate: [0.1]\n", 2, "must be float, got ['0.1']"),
         ("stage1:\n  lr_milestones: 0.8\n", 2, "must be list[float] | None, got '0.8'"),
-        ("stage1:\n  bf16: maybe\n", 2, "must be bool, got 'maybe'"),
+        ("stage1:\n  bf16: maybe\n", 2, "must be bool | None, got 'maybe'"),
         ("stage1:\n  centers: learnt\n", 2, "'learned'"),
         ("stage1:\n  optim: sdg\n", 2, "'sgd'"),
         ("data:\n  profile: exp\n", 2, "'exponential'"),

@@ -13,8 +13,11 @@ from nc_hf.heads import LinearHead, scaled
 from nc_hf.hub import load_heads, load_pretrained
 from nc_hf.models.classifier import load_classifier
 from nc_hf.models.headed import replace_head
-from nc_hf.retraining import max_norm_radius, project_rows, retrain_classifier
+from nc_hf.models.saved_heads import stage_one_state
+from nc_hf.retraining import TAUS, max_norm_radius, project_rows, retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
+from nc_hf.trainer import NCTrainer
+from nc_hf.training_args import NCTrainingArguments
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,12 @@ def trained(images):
     for _ in range(40):
         model(images.images)
     return model
+
+
+def training_arguments(folder, **settings) -> NCTrainingArguments:
+    return NCTrainingArguments(
+        str(folder), report_to="none", disable_tqdm=True, save_strategy="no", precision="fp32", **settings
+    )
 
 
 def arguments(folder, **settings) -> RetrainingArguments:
@@ -204,6 +213,36 @@ def test_a_saved_folder_has_every_head_that_fits(trained, images, tmp_path):
         assert load_heads(tmp_path / str(number))[0].keys() == {"crt"}
 
 
+def test_new_heads_are_made_from_stage_ones_head_however_often(trained, images, tmp_path):
+    model = copy.deepcopy(trained)
+    args = arguments(tmp_path / "run", heads=["logit_adjusted"], tau=1.0)
+    first = retrain_classifier(model, images, args).heads["logit_adjusted"]
+    second = retrain_classifier(model, images, args)
+    assert torch.equal(second.heads["logit_adjusted"]["bias"], first["bias"])
+    second.save_model(str(tmp_path / "model"))
+    for loaded in (load_classifier(str(tmp_path / "model"))[0], load_pretrained(tmp_path / "model")[0]):
+        third = retrain_classifier(loaded, images, args)
+        assert torch.equal(third.heads["logit_adjusted"]["bias"], first["bias"])
+        assert torch.equal(third.other_heads["base"]["bias"], trained.fc.bias)
+    whole = NCTrainer(model, training_arguments(tmp_path / "whole", max_steps=1), train_dataset=images)
+    whole.train()
+    trained_on = model.fc.bias.detach().clone()  # with the whole network, so it is stage one's now
+    again = retrain_classifier(model, images, args)
+    assert torch.equal(again.other_heads["base"]["bias"], trained_on)
+
+
+def test_a_head_that_is_not_there_any_more_is_not_gone_on_from(images, tmp_path):
+    model, _ = load_classifier("resnet20_cifar", 4)
+    replace_head(model, "etf")
+    retrain_classifier(model, images, arguments(tmp_path / "first")).save_model(str(tmp_path / "model"))
+    for one in (model, load_pretrained(tmp_path / "model")[0]):
+        retrain_classifier(one, images, arguments(tmp_path / "again"))
+        with pytest.raises(ValueError, match="`heads: tau_norm` goes on from stage one's head, in whose place"):
+            retrain_classifier(one, images, arguments(tmp_path / "second", heads=["tau_norm"]))
+    other, _ = load_classifier(str(tmp_path / "model"), 3)  # its new head is stage one's
+    assert stage_one_state(other.fc)["weight"].shape == (3, 64)
+
+
 def test_tau_is_chosen_on_the_validation_split(trained, images, tmp_path):
     model, validation = copy.deepcopy(trained), SmallImages(counts=(30, 30, 30, 30), seed=1)
     trainer = retrain_classifier(model, images, arguments(tmp_path, heads=["logit_adjusted"]), eval_dataset=validation)
@@ -213,6 +252,7 @@ def test_tau_is_chosen_on_the_validation_split(trained, images, tmp_path):
         return right.view(4, 30).mean().item()
 
     best = class_mean_accuracy()
+    assert trainer.taus.keys() == {"logit_adjusted"} and trainer.taus["logit_adjusted"] in TAUS
     prior = torch.tensor(images.class_counts / images.class_counts.sum())
     for tau in (0.0, 0.5, 1.0, 2.0):
         model.fc.bias.data = (trained.fc.bias.detach() - tau * prior.log()).float()

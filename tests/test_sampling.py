@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from nc_hf.sampling import NAMES, EpochSampler, class_aware_order
 
@@ -21,14 +22,35 @@ def sampler(labels=LABELS, name="instance", seed=0, **kwargs):
 def test_a_stream_is_a_function_of_seed_and_epoch_alone(name):
     first, second = sampler(name=name, seed=7), sampler(name=name, seed=7)
     torch.rand(13)  # another state of the global generator on "another process"
-    assert list(first) == list(second)
     epoch0 = list(first)
+    assert epoch0 == list(second)
     assert len(epoch0) == len(first)
     first.set_epoch(1)
     assert list(first) != epoch0
     first.set_epoch(0)
     assert list(first) == epoch0
     assert list(sampler(name=name, seed=8)) != epoch0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [10, None])
+def test_each_pass_of_a_data_loader_takes_the_next_epoch(batch_size, workers):
+    expected = sampler(seed=7)
+    epochs = []
+    for epoch in range(7):
+        expected.set_epoch(epoch)
+        epochs.append(list(expected))
+    settings = {"num_workers": workers, "persistent_workers": workers > 0}
+    stream = sampler(seed=7)
+    loader = DataLoader(torch.arange(100), batch_size, sampler=stream, **settings)
+
+    def drawn():
+        return torch.cat([batch.flatten() for batch in loader]).tolist()
+
+    assert [drawn(), drawn()] == epochs[:2]
+    for epoch in (1, 5, 0):
+        stream.set_epoch(epoch)
+        assert [drawn(), drawn()] == epochs[epoch : epoch + 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,6 +133,7 @@ def test_draw_numbers_never_repeat():
     stream.set_epoch(1)
     pairs += list(stream)
     assert [draw for _, draw in pairs] == list(range(200))
+    stream.set_epoch(1)
     stream.with_draws = False
     assert list(stream) == [index for index, _ in pairs[100:]]
 

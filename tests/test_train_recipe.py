@@ -184,5 +184,5 @@ def test_the_launch_configuration_starts_two_processes(folder):
 
 def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(train, monkeypatch):
     monkeypatch.setattr("nc_hf.processes.start_processes", lambda *_: pytest.fail("processes were started"))
-    with pytest.raises(ValueError, match="between_weight"):
+    with pytest.raises(SystemExit, match="between_weight"):
         train("--stage1.between_wieght", "0.2")

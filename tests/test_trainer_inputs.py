@@ -85,7 +85,8 @@ def test_epochs_of_a_stream_are_refused(tmp_path, settings):
 def test_what_starts_after_a_run_of_few_updates_is_said(tmp_path, caplog):
     one = trainer(tmp_path, settings={"start_epoch": 0.8})
     one.train()
-    assert "`start_epoch` is 0.8 but the run has 1 epochs: it is never switched on" in caplog.text
+    assert "`start_epoch` is 0.8, a share of the run cut to whole epochs" in caplog.text
+    assert "and the run ends after 1, so it is never switched on" in caplog.text
 
 
 def test_another_draw_of_images_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from transformers import Trainer, ViTConfig, ViTForImageClassification
 from nc_hf import save_pretrained
 from nc_hf.models.classifier import load_classifier
 from nc_hf.retraining_args import RetrainingArguments
+from nc_hf.task import ClassificationTask
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
 
@@ -49,6 +50,51 @@ def test_another_number_of_processes_is_refused(tmp_path):
 def test_the_beta_of_the_effective_number_reaches_the_sampler(tmp_path):
     one = trainer(tmp_path, sampler="effective_number", effective_number_beta=0.5)
     assert one._get_train_sampler().effective_number_beta == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_train_epochs": 0}, "`num_train_epochs` must be above 0, got 0"),
+        ({"num_train_epochs": float("nan")}, "`num_train_epochs` must be above 0, got nan"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": -2}, "`per_device_eval_batch_size` must be at least 1, got -2"),
+        ({"learning_rate": -0.1}, "`learning_rate` must be at least 0, got -0.1"),
+        ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` is 5.0, and adds noise to the token embeddings"),
+        ({"precision": "fp32", "bf16": True}, "`precision: fp32` and `bf16: True` contradict each other"),
+        ({"precision": "fp16", "bf16": True}, "`precision: fp16` and `bf16: True` contradict each other"),
+        ({"precision": "bf16", "bf16": False}, "`precision: bf16` and `bf16: False` contradict each other"),
+        ({"precision": "fp16", "fp16": False}, "`precision: fp16` and `fp16: False` contradict each other"),
+        ({"precision": "auto", "bf16": True, "fp16": True}, "`bf16` and `fp16` are both True"),
+        ({"precision": "half"}, "`precision` must be one of auto, fp32, bf16, fp16, got 'half'"),
+    ],
+)
+def test_numbers_and_precisions_that_no_run_can_have_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        NCTrainingArguments(str(tmp_path), report_to="none", **settings)
+
+
+def test_updates_instead_of_epochs_and_a_learning_rate_of_0_are_no_mistake(tmp_path):
+    one = trainer(tmp_path, num_train_epochs=0, max_steps=1, learning_rate=0.0)
+    one.train()
+    assert one.state.global_step == 1
+
+
+def test_metrics_of_predictions_that_are_not_joined_are_refused(tmp_path):
+    args = NCTrainingArguments(str(tmp_path), report_to="none", eval_do_concat_batches=False)
+    with pytest.raises(ValueError, match="`eval_do_concat_batches: False` would hand lists of batches"):
+        NCTrainer(network_without_batch_statistics(), args, head="head", compute_metrics=lambda prediction: {})
+    NCTrainer(network_without_batch_statistics(), args, head="head")
+
+
+def test_an_epoch_without_a_batch_is_refused_with_the_numbers(tmp_path):
+    settings = {"dataloader_drop_last": True, "per_device_train_batch_size": 200}
+    one = trainer(tmp_path, **settings)
+    with pytest.raises(ValueError, match=r"108 images, drawn once each, do not fill one batch of 200 on 1 process"):
+        one.train()
+    two_views = {"objective": "contrastive", "sampler": "two_views", "objective_settings": {"method": "fcl"}}
+    trainer(tmp_path, max_steps=1, **settings, **two_views).train()  # 216 draws
 
 
 def test_names_of_classes_go_by_number_whatever_the_order_of_the_config(tmp_path):
@@ -133,6 +179,59 @@ def test_a_full_device_says_how_to_halve_the_batch(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as error:
         trainer(tmp_path).train()
     assert "Halve per_device_train_batch_size and double gradient_accumulation_steps" in error.value.__notes__[0]
+
+
+class SmallMaps(nn.Module):
+    """A network whose batch norm sees one value a channel of each image."""
+
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 16), nn.BatchNorm2d(8), nn.Flatten())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixel_values):
+        return self.head(self.body(pixel_values))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        pass
+
+
+def small_maps(folder, **settings) -> NCTrainer:
+    defaults = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "precision": "fp32", "max_steps": 5}
+    args = NCTrainingArguments(str(folder), **defaults | {"per_device_train_batch_size": 4} | settings)
+    return NCTrainer(SmallMaps(), args, train_dataset=SmallImages((6, 4, 4, 3)), head="head")
+
+
+def test_a_last_batch_of_one_image_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="more than 1 value per channel") as error:
+        small_maps(tmp_path).train()
+    assert "this batch has one image" in error.value.__notes__[0]
+    assert "set dataloader_drop_last=True or another batch size" in error.value.__notes__[0]
+    small_maps(tmp_path, dataloader_drop_last=True).train()
+
+
+def test_batch_norms_that_move_twice_are_said_once(tmp_path, caplog):
+    small_maps(tmp_path, dataloader_drop_last=True, gradient_checkpointing=True).train()
+    assert caplog.text.count("SmallMaps has 1 batch norms. Those inside what is recomputed see each batch twice") == 1
+    caplog.clear()
+    frozen = ClassificationTask(SmallMaps(), "head", 4, freeze_backbone=True)
+    frozen.activation_checkpointing_enable()
+    small_maps(tmp_path, dataloader_drop_last=True).train()
+    assert "recomputed" not in caplog.text
+
+
+def test_a_model_of_which_no_folder_can_be_made_is_named_at_once(tmp_path, caplog):
+    one = trainer(tmp_path)
+    message = "NoBatchStatistics is neither a timm model nor a transformers one. It trains, and its checkpoints resume"
+    assert caplog.text.count(message) == 1
+    with pytest.raises(ValueError, match="neither a timm model nor a transformers one"):
+        one.save_model(str(tmp_path / "saved"))
+    caplog.clear()
+    args = NCTrainingArguments(str(tmp_path), report_to="none")
+    NCTrainer(load_classifier("resnet20_cifar", 4)[0], args)
+    assert "neither" not in caplog.text
 
 
 def test_what_the_terms_cannot_do_is_said(tmp_path, caplog):

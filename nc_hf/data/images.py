@@ -12,6 +12,7 @@ import logging
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -126,7 +127,8 @@ class ImageSet(torch.utils.data.Dataset):
         self.skipped = len(errors) - len(kept)
         if self.skipped:
             first = next(error for error in errors if error is not None)
-            logger.warning("%d unreadable images are left out; the first: %s", self.skipped, first)
+            counted = "1 unreadable image is" if self.skipped == 1 else f"{self.skipped} unreadable images are"
+            logger.warning("%s left out; the first: %s", counted, first)
             self.labels, self.encoded = self.labels[kept], self.encoded.select(kept)
         return kept
 
@@ -200,6 +202,7 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
             if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
+                _tell_of_16_bits()
                 return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
     except UNREADABLE as error:
@@ -207,6 +210,15 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
         raise ValueError(
             f"the image in {where}{name} cannot be read: {error}. Repair or remove it, or set on_bad_image: skip."
         ) from error
+
+
+@cache
+def _tell_of_16_bits() -> None:
+    """Warn, once a process, that a pipeline does not see such images as the model does."""
+    logger.warning(
+        "images of 16 bits are scaled down to 8 (divided by 256), where pipelines of transformers and "
+        "PIL.Image.convert clip them to almost white: convert images to 8 bits before you give them to a pipeline."
+    )
 
 
 def load_images(

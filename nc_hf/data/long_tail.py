@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 Profile = Literal["exponential", "step", "pareto"]
 
 PARETO_POWER = 6  # ImageNet-LT (Liu et al. 2019)
+FEWEST_TO_SPLIT = 5  # images of a class that gives some to a validation split
 
 
 def long_tailed_counts(
@@ -159,7 +160,7 @@ def train_validation_split(
     generator, held = np.random.default_rng(seed), []
     for k in range(len(names)):
         rows = np.flatnonzero(labels == k)
-        if len(rows) >= 5:
+        if len(rows) >= FEWEST_TO_SPLIT:
             held.append(generator.permutation(rows)[: max(1, round(fraction * len(rows)))])
     held = np.sort(np.concatenate(held)) if held else np.empty(0, dtype=np.int64)
     return dataset.select(np.setdiff1d(np.arange(len(labels)), held)), dataset.select(held)

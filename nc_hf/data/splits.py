@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
+from nc_hf.data.coverage import warn_of_unseen_classes, warn_of_untrained_classes
+from nc_hf.data.folders import check_data_dir, check_folder_classes
 from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT
 from nc_hf.data.long_tail import Profile, make_long_tailed, train_validation_split
 
@@ -70,7 +71,7 @@ def load_splits(
         cache_dir: of `datasets`.
 
     Raises:
-        ValueError: for unusable columns, labels or splits.
+        ValueError: for unusable columns, labels or splits, or a file format without `data_dir`.
         FileNotFoundError: when the images are not there.
     """
     if isinstance(dataset, str) and dataset in BUILDERS:
@@ -78,6 +79,8 @@ def load_splits(
         imbalance_ratio = None  # done
     else:
         found = _load_any(dataset, data_dir, config_name, cache_dir)
+        if dataset == "imagefolder" and label_column is None:
+            check_folder_classes(found, data_dir)
     chosen = _choose_splits(found, test_split, validation_fraction)
     # Numbers without names reach as far as the largest label of any split.
     names = max((dataset_labels(split, label_column)[1] for split in chosen.values()), key=len)
@@ -90,10 +93,12 @@ def load_splits(
     _warn_of_overlap(splits)
     if imbalance_ratio is not None:
         splits["train"] = make_long_tailed(splits["train"], imbalance_ratio, profile, seed)
-    if validation_fraction and "validation" in splits:
-        logger.info("the data set has a validation split of its own; validation_fraction is not used")
-    elif validation_fraction:
+    held_out = bool(validation_fraction) and "validation" not in splits
+    if held_out:
         splits["train"], splits["validation"] = train_validation_split(splits["train"], validation_fraction, seed)
+    elif validation_fraction:
+        logger.info("the data set has a validation split of its own; validation_fraction is not used")
+    warn_of_unseen_classes(splits, held_out)
     return DatasetDict(splits)
 
 
@@ -131,6 +136,7 @@ def _load_any(
             f"a data set of type {type(dataset).__name__} has no length and no counts of its classes; load it without "
             "streaming."
         )
+    check_data_dir(dataset, data_dir)
     try:
         return load_dataset(dataset, config_name, data_dir=data_dir, cache_dir=cache_dir)
     except Exception as error:  # the library has many kinds of them; all mean that there are no images
@@ -191,9 +197,7 @@ def _check_classes(splits: dict[str, Dataset]) -> None:
                 f"train has {len(expected)} classes and {name} has {len(names)}, not the same ones in the same order "
                 f"(differing: {', '.join(differing) or 'the order'}). Labels must mean the same in all splits."
             )
-    empty = np.flatnonzero(np.bincount(dataset_labels(splits["train"])[0], minlength=len(expected)) == 0)
-    if len(empty):
-        logger.warning("%d classes have no training image, the first is %r", len(empty), expected[empty[0]])
+    warn_of_untrained_classes(splits)
 
 
 def _names_checksum(dataset: Dataset) -> str:

@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
+from nc_hf.labels import check_labels
+from nc_hf.losses.class_means import class_means, gather_with_gradient
 from nc_hf.losses.nearest_angle import NearestAngles, gram_norm
 from nc_hf.losses.precision import at_least_float32
 
@@ -53,9 +53,11 @@ def within_class_loss(
         A scalar. Absent classes add nothing; an empty batch gives a zero that is connected to the graph.
 
     Raises:
-        ValueError: if `reduction` is not one of the three.
+        ValueError: if `reduction` is not one of the three, for shapes that do not fit, and for labels that are not one
+            integer an image; outside [0, K) on a CPU, where looking at them costs nothing.
     """
     _check_choice("reduction", reduction, Reduction.__args__)
+    _check_batch(features, labels, centers.shape)
     features, centers = at_least_float32(features), at_least_float32(centers)
     counts = torch.bincount(labels, minlength=len(centers)) if class_counts is None else class_counts
     squared_distances = (features - centers[labels]).square().sum(dim=1)
@@ -125,7 +127,13 @@ class NeuralCollapseLoss(nn.Module):
     * `"batch"`: means of the batch over all processes. Good for few classes and large batches; with many classes most
       are alone in a batch and L_W says nothing about them.
 
-    The geometry is computed in float32 with autocast off. Args follow the paper's Table 1 for CIFAR-10.
+    The geometry is computed in float32 with autocast off. Args follow the paper's Table 1 for CIFAR-10. In a loop of
+    one's own, for any classifier of timm:
+
+        collapse = NeuralCollapseLoss(num_classes=10, feature_dim=model.num_features)
+        features = model.forward_head(model.forward_features(images), pre_logits=True)  # (B, P), the head's input
+        logits = model.get_classifier()(features)
+        loss = F.cross_entropy(logits, labels) + sum(collapse(features, labels).values())
 
     Args:
         num_classes: K, at least 2.
@@ -139,14 +147,15 @@ class NeuralCollapseLoss(nn.Module):
             mean squared norm of the features at hand (no gradient flows through that), so that lambda_1 means the
             same for a ResNet and for the LayerNorm outputs of a transformer. Not with learned centers.
         momentum: of the running means.
-        class_counts: (K,) training images per class; classes without any are left out of L_B and of the mean center.
+        class_counts: (K,) training images per class; with learned centers, classes without any are left out of L_B and
+            of the mean center. The other kinds know a class from its first image on.
         num_experts: E, whose features stand side by side in P (RIDE). Each has terms of its own, which are averaged,
             and a step on learned centers moves each expert's as far as it would if that expert were alone.
 
     Raises:
-        ValueError: for a negative weight, an unknown choice, K < 2, a momentum outside [0, 1), features that cannot be
-            split among the experts, or learned centers without L_W (L_B alone would never reach the features) or with
-            `feature_scale="rms"`.
+        ValueError: for a negative weight, an unknown choice, K < 2, class counts that are not K numbers, a momentum
+            outside [0, 1), features that cannot be split among the experts, or learned centers without L_W (L_B alone
+            would never reach the features) or with `feature_scale="rms"`.
     """
 
     def __init__(
@@ -195,6 +204,8 @@ class NeuralCollapseLoss(nn.Module):
         self.between_objective, self.within_reduction = between_objective, within_reduction
         self.frozen = False  # learned centers held still: the authors' code did so before the terms start
         present = torch.ones(num_classes) if class_counts is None else torch.as_tensor(class_counts)
+        if present.shape != (num_classes,):
+            raise ValueError(f"`class_counts` must be {num_classes} numbers, one a class, got {tuple(present.shape)}.")
         if centers == "learned":
             self.centers = nn.Parameter(torch.randn(num_classes, feature_dim))
             self.register_buffer("seen", present > 0)
@@ -242,7 +253,13 @@ class NeuralCollapseLoss(nn.Module):
 
         Returns:
             `{"within": lambda_1 L_W, "between": lambda_2 L_B}`, scalars; a term of weight 0 is left out.
+
+        Raises:
+            ValueError: as `within_class_loss`.
         """
+        shape = (self.num_classes, self.feature_dim)
+        for given in (labels,) if partner_labels is None else (labels, partner_labels):
+            _check_batch(features, given, shape)
         assignments = [(labels, 1.0)] if partner_labels is None else [(labels, mixing), (partner_labels, 1 - mixing)]
         with torch.autocast(features.device.type, enabled=False):
             features = at_least_float32(features)
@@ -301,43 +318,27 @@ class NeuralCollapseLoss(nn.Module):
 
     @torch.no_grad()
     def _update(self, means: Tensor, present: Tensor) -> None:
+        present = present & means.isfinite().all(dim=1)  # one overflow must not stay for good
         blended = self.momentum * self.centers + (1 - self.momentum) * means
         updated = torch.where(self.seen[:, None], blended, means)
         self.centers.copy_(torch.where(present[:, None], updated, self.centers))
         self.seen.logical_or_(present)
 
 
-def class_means(
-    features: Tensor, assignments: list[tuple[Tensor, float | Tensor]], num_classes: int
-) -> tuple[Tensor, Tensor]:
-    """Class means over the batches of all processes, with a gradient to each process's own features.
-
-    Args:
-        features: (B, P) of this process; every process has the same B.
-        assignments: pairs of labels (B,) and the weight with which they hold.
-        num_classes: K.
-
-    Returns:
-        Means (K, P), zero for absent classes, and which classes are present (K,) bool.
-    """
-    sums = features.new_zeros(num_classes, features.shape[1])
-    masses = features.new_zeros(num_classes)
-    everywhere = gather_with_gradient(features)
-    for labels, weight in assignments:
-        labels = gather_with_gradient(labels)
-        sums = sums.index_add(0, labels, weight * everywhere)
-        masses = masses.index_add(0, labels, weight * torch.ones_like(labels, dtype=features.dtype))
-    present = masses > 0
-    return sums / torch.where(present, masses, 1.0)[:, None], present
-
-
-def gather_with_gradient(tensor: Tensor) -> Tensor:
-    """Rows of all processes in rank order, (W * B, ...); the gradient flows back to each process's own rows."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return tensor
-    return torch.cat(all_gather(tensor.contiguous()))
-
-
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_batch(features: Tensor, labels: Tensor, centers_shape: tuple[int, ...]) -> None:
+    """Refuse what would broadcast, wrap around or fail far from here."""
+    num_classes, feature_dim = centers_shape
+    if features.ndim != 2 or features.shape[1] != feature_dim or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"features must be (B, {feature_dim}), the input of the head, with one label each, got "
+            f"{tuple(features.shape)} and labels of {tuple(labels.shape)}."
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {labels.dtype}. Convert them by `labels.long()`.")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
+        check_labels(labels, num_classes)

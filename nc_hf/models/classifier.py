@@ -17,6 +17,7 @@ from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
 from nc_hf.models.headed import renew_head
 from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
 from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config, saved_class_names
+from nc_hf.models.saved_heads import remember_saved
 
 __all__ = [
     "FeatureTap",
@@ -85,6 +86,21 @@ def load_classifier(
     config = read_config(folder)
     if label_names is not None:
         check_class_order(name_or_path, saved_class_names(config), label_names)
+    model, processor = _open_folder(folder, config, num_labels, label_names, head, image_size, model_args)
+    if (config.get("nc_hf") or {}).get("active_head", "base") != "base":
+        remember_saved(find_head(model, head=head)[1], folder, config)
+    return model, processor
+
+
+def _open_folder(
+    folder: Path,
+    config: dict[str, Any],
+    num_labels: int | None,
+    label_names: Sequence[str] | None,
+    head: str | None,
+    image_size: int | None,
+    model_args: dict[str, Any],
+) -> tuple[nn.Module, Any]:
     if is_timm_config(config):
         if not timm.is_model(config["architecture"]):
             name = config["architecture"]

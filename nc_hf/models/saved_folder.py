@@ -177,7 +177,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} has no {path.name}: it is not a saved classifier.")
+        is_checkpoint = (path.parent / "trainer_state.json").is_file()
+        hint = " It is a checkpoint, to go on from; trainer.save_model(folder) saves one." if is_checkpoint else ""
+        raise ValueError(f"{path.parent} has no {path.name}: it is not a saved classifier.{hint}")
     _check_place(path)
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, more than any config. It is not read.")

@@ -1,0 +1,39 @@
+"""Class means of a batch that is spread over processes, with gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+
+def class_means(
+    features: Tensor, assignments: list[tuple[Tensor, float | Tensor]], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Class means over the batches of all processes, with a gradient to each process's own features.
+
+    Args:
+        features: (B, P) of this process; every process has the same B.
+        assignments: pairs of labels (B,) and the weight with which they hold.
+        num_classes: K.
+
+    Returns:
+        Means (K, P), zero for absent classes, and which classes are present (K,) bool.
+    """
+    sums = features.new_zeros(num_classes, features.shape[1])
+    masses = features.new_zeros(num_classes)
+    everywhere = gather_with_gradient(features)
+    for labels, weight in assignments:
+        labels = gather_with_gradient(labels)
+        sums = sums.index_add(0, labels, weight * everywhere)
+        masses = masses.index_add(0, labels, weight * torch.ones_like(labels, dtype=features.dtype))
+    present = masses > 0
+    return sums / torch.where(present, masses, 1.0)[:, None], present
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Rows of all processes in rank order, (W * B, ...); the gradient flows back to each process's own rows."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return tensor
+    return torch.cat(all_gather(tensor.contiguous()))
