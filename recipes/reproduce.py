@@ -244,3 +244,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -181,6 +181,14 @@ def test_committed_results_are_shown_without_the_training_code(tmp_path):
     assert not {"nc_hf.trainer", "nc_hf.retraining", "nc_hf.image_sets", "nc_hf.models.classifier"} & imported
 
 
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    command = [sys.executable, str(RECIPES / "reproduce.py"), "table3", "--output", str(tmp_path)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer.stdout.close()
+    assert "Traceback" not in writer.stderr.read()
+    assert writer.wait(300) == 0
+
+
 def test_from_nothing_to_a_table_with_real_runs(tmp_path, script, monkeypatch, capfd):
     """Trained, measured under noise, collected and shown; the second time from the results alone."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
