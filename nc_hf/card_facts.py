@@ -55,6 +55,10 @@ def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     if counts is None:
         return facts
     facts |= {"images": sum(counts), "largest": max(counts), "smallest": min(counts)}
+    accuracies = next((m["per_class_accuracy"] for m in heads if "per_class_accuracy" in m), counts)
+    of_each = list(zip(facts["class_names"], counts, accuracies, strict=True))
+    facts["untested"] = [escaped(name) for name, n, accuracy in of_each if n > 0 and accuracy is None]
+    facts["balanced_test"] &= not facts["untested"]
     facts["empty"] = [escaped(name) for name, n in zip(facts["class_names"], counts, strict=True) if n == 0]
     bounds = {"few_below": facts.get("few_below", FEW_BELOW), "many_above": facts.get("many_above", MANY_ABOVE)}
     groups = frequency_groups(counts, **bounds)

@@ -66,6 +66,16 @@ def test_the_checksum_of_a_users_files_is_not_shown():
     assert facts["sha256"] is facts["description"] is None
 
 
+def test_classes_without_a_test_image_are_named(card_of, monkeypatch):
+    monkeypatch.setitem(METRICS, "images", 70)
+    assert "in none of them" not in card_of("ce")[0]
+    monkeypatch.setitem(METRICS, "per_class_accuracy", [0.5, None])
+    assert "measured on 70 test images. Without a test image, and so in none of them: bee.\n" in card_of("ce")[0]
+    whole = results()
+    empty = dataset_facts(whole | {"dataset": whole["dataset"] | {"class_counts": [30, 0]}})
+    assert (empty["empty"], empty["untested"]) == (["bee"], [])
+
+
 def test_heads_that_are_computed_are_not_called_trained(card_of):
     card, _ = card_of("ce_crt", "--stage2.heads", "[tau_norm, ncm]")
     assert "* Stage 2: nothing is trained; computed from the training features: tau_norm, ncm\n" in card
