@@ -29,25 +29,23 @@ class SaveOnSignal(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.received, self.first = 0, 0.0
+        self.told, self.first = 0, 0.0  # this process, and when
+        self.received = 0  # by any process, which all know since the same update
         self.before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Take the two signals over, but not one that is ignored, as Ctrl-C is in the background of a shell."""
         self.give_back()
-        self.received, self.first = 0, 0.0
+        self.told, self.received, self.first = 0, 0, 0.0
         if threading.current_thread() is threading.main_thread():
             heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
             self.before = {number: signal.signal(number, self._receive) for number in heard}
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save if any process has received a signal, unless the epoch's end is next."""
-        if args.world_size > 1:
-            self.received = int(gather(torch.tensor([self.received], device=args.device)).max())
-        if self.received:
-            self.first = self.first or time.monotonic()
-            if not (state.epoch or 0.5).is_integer():
-                control.should_save, control.should_evaluate = True, False
+        self._agree(args)
+        if self.received and not (state.epoch or 0.5).is_integer():
+            control.should_save, control.should_evaluate = True, False
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save if a signal was received."""
@@ -62,6 +60,7 @@ class SaveOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Give the signals back; exit if there was one that nothing was saved upon."""
+        self._agree(args)
         if self.received:
             self._exit("stopped at the end of the training, after %d updates", state.global_step)
         self.give_back()
@@ -72,14 +71,19 @@ class SaveOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self.before = {}
 
+    def _agree(self, args: Any) -> None:
+        """Tell all processes of a signal at the same point of the run, or they would wait for each other forever."""
+        told = torch.tensor([self.told], device=args.device)
+        self.received = int(gather(told).max()) if args.world_size > 1 else self.told
+
     def _exit(self, message: str, *values: int) -> None:
         self.give_back()
         logger.warning(message, *values)
         raise SystemExit(128 + self.received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self.first = number, time.monotonic()
+        if not self.told:
+            self.told, self.first = number, time.monotonic()
             logger.warning("%s: saves after this update; once more ends at once", signal.Signals(number).name)
         elif time.monotonic() - self.first > AGAIN:
             self.give_back()

@@ -32,7 +32,8 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for a loss function beside ours, several GPUs in one process, another number of processes than
             expected, a draw beside `sampler`, part of an image set, a stream with settings that need its labels or
-            length, an optimizer made without the centers, or metrics of predictions that are not joined.
+            length, an optimizer made without the centers, batches that `accelerate` hands out in ways that do not
+            resume or cannot be gathered, or metrics of predictions that are not joined.
     """
     if given.get("compute_loss_func") is not None:
         raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
@@ -51,6 +52,8 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
     dataset = given.get("train_dataset")
     if isinstance(dataset, IterableDataset):
         _check_stream(args, dataset)
+    elif dataset is not None:
+        _check_accelerator(args)
     if isinstance(dataset, Subset | ConcatDataset) and _has_image_set(dataset):
         raise ValueError(
             f"{type(dataset).__name__} would show the images of load_images without augmentation. Divide or join "
@@ -67,6 +70,19 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
         raise ValueError(
             "`centers: learned` are trained in a group of the optimizer that NCTrainer makes, which yours replaces. "
             "Use `centers: ema`, which needs no optimizer, or leave the optimizer to `optim`."
+        )
+
+
+def _check_accelerator(args: NCTrainingArguments) -> None:
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "`dispatch_batches` draws other images when a run is resumed within an epoch, and is of use for streams "
+            "alone. Leave it out of accelerator_config."
+        )
+    if not args.accelerator_config.even_batches:
+        raise ValueError(
+            "`even_batches: False` gives processes batches of different sizes, which class means and evaluation "
+            "cannot gather. Leave it out of accelerator_config; dataloader_drop_last=True repeats no image either."
         )
 
 

@@ -1,4 +1,4 @@
-"""Start of a script: its processes, their log and their threads."""
+"""Processes: their start in a script, with log and threads, and what they share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -35,3 +37,9 @@ def start_processes(expected: int | None = None) -> PartialState:
     torch.set_num_threads(max(1, cores // processes_here))
     logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
     return state
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all processes the buffers of the first one, which it saves: batch statistics are each process's own."""
+    for buffer in module.buffers():
+        broadcast(buffer)

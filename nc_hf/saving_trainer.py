@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy, has_length, rotate_checkpoints
@@ -29,6 +28,7 @@ from nc_hf.hub import label_names_of, save_pretrained
 from nc_hf.interruption import SaveOnSignal
 from nc_hf.model_card import ACCURACIES, write_card
 from nc_hf.models.saved_heads import forget_stage_one
+from nc_hf.processes import share_buffers
 from nc_hf.publishing import PushError, check_access, check_folder, push_folder
 from nc_hf.results import environment, write_results
 from nc_hf.task import ClassificationTask
@@ -82,11 +82,15 @@ class SavingTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SaveOnSignal):
                     callback.give_back()
-        for buffer in self.task.buffers():  # the batch statistics of the last step are each process's own
-            broadcast(buffer)
+        share_buffers(self.task)
         if self._push is not None and (self._left_out or self._push.exception() is not None):
             self.push_to_hub()
         return output
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`, of the very model that a checkpoint of now would hold."""
+        share_buffers(self.task)
+        return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if (collapse := self.task.collapse) is not None and collapse.mode != "batch":

@@ -24,6 +24,7 @@ from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
 from nc_hf.objectives import build_task
 from nc_hf.preflight import check_data, check_trainer, warn_of_unsavable
+from nc_hf.processes import share_buffers
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
@@ -332,6 +333,7 @@ class NCTrainer(SavingTrainer):
         task, was_training = self.task, self.task.training
         forward = task.collapse_features_and_logits if of_collapse else task.features_and_logits
         task.eval()
+        share_buffers(task)
         try:
             for batch in self.get_eval_dataloader(dataset):
                 batch = self._prepare_inputs(batch)

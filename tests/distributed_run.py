@@ -90,6 +90,11 @@ def main(folder: Path) -> None:
     run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned")
     run.train()
     answers["resnet"] = summary(run)
+    norm = run.classifier.bn1
+    for name, measure in (("evaluate", run.evaluate), ("features", lambda data: list(run.iterate_features(data)))):
+        norm.running_mean.fill_(1 + run.args.process_index)  # as after an update, whose batches differ
+        measure(odd)
+        answers[name] = norm.running_mean.tolist()
     run = trainer(folder, processes, network_without_batch_statistics(), centers="learned")
     if run.args.process_index == processes - 1:  # one process alone meets the bad image
         run.train_dataset.images[:] = float("nan")

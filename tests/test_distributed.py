@@ -55,6 +55,13 @@ def test_centers_of_a_network_with_batch_norm_are_identical_on_both_ranks(runs):
     np.testing.assert_allclose(first["losses"][0], alone["losses"][0], rtol=0.2)
 
 
+@pytest.mark.parametrize("measure", ["evaluate", "features"])
+def test_what_is_measured_is_the_model_of_the_first_process(runs, measure):
+    """Which is the one that a checkpoint holds."""
+    alone, first, second = (answers[measure] for answers in runs)
+    assert first == second == alone and set(first) == {1.0}
+
+
 def test_every_image_is_counted_once(runs):
     assert [answers["counted"] for answers in runs] == [[53, 30, 12, 6]] * 3
 

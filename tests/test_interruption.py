@@ -6,13 +6,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_images import SmallImages
 from small_runs import arguments, network
 from test_train_recipe import command, finish, start
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from nc_hf import interruption
 from nc_hf.checkpoints import is_complete
@@ -117,6 +118,28 @@ def test_signals_are_given_back_after_a_training_that_failed(tmp_path, monkeypat
     with pytest.raises(pytest.fail.Exception):
         stopped.train()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_between_two_agreements_waits_for_the_next_one(monkeypatch):
+    """Whatever one process alone did upon it, the others would wait for, or miss."""
+    callback, control = SaveOnSignal(), TrainerControl()
+    now = SimpleNamespace(world_size=2, device="cpu"), SimpleNamespace(epoch=0.5, global_step=1, max_steps=4), control
+
+    def slow_gather(tensor):
+        callback._receive(signal.SIGTERM, None)
+        return tensor
+
+    monkeypatch.setattr(interruption, "gather", slow_gather)
+    callback.on_step_end(*now)
+    callback.on_epoch_end(*now)
+    callback.on_save(*now)  # does not exit
+    assert not control.should_save
+    monkeypatch.setattr(interruption, "gather", lambda tensor: tensor)
+    callback.on_step_end(*now)
+    assert control.should_save
+    with pytest.raises(SystemExit) as ended:
+        callback.on_save(*now)
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")

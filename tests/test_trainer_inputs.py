@@ -94,6 +94,18 @@ def test_another_draw_of_images_is_refused(tmp_path):
         trainer(tmp_path, settings={"train_sampling_strategy": "sequential"})
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"dispatch_batches": True}, "`dispatch_batches` draws other images when a run is resumed"),
+        ({"even_batches": False}, "`even_batches: False` gives processes batches of different sizes"),
+    ],
+)
+def test_ways_of_accelerate_that_do_not_fit_are_refused(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, settings={"accelerator_config": config})
+
+
 @pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_learned_centers_with_an_optimizer_of_the_users_are_refused(tmp_path, how):
     model = network_without_batch_statistics()
