@@ -73,8 +73,9 @@ class SaveOnSignal(TrainerCallback):
 
     def _agree(self, args: Any) -> None:
         """Tell all processes of a signal at the same point of the run, or they would wait for each other forever."""
-        told = torch.tensor([self.told], device=args.device)
-        self.received = int(gather(told).max()) if args.world_size > 1 else self.told
+        self.received = self.told
+        if args.world_size > 1:
+            self.received = int(gather(torch.tensor([self.told], device=args.device)).max())
 
     def _exit(self, message: str, *values: int) -> None:
         self.give_back()

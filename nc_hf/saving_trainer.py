@@ -168,17 +168,16 @@ class SavingTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
 
-    def export(self, folder: str, *, head_name: str | None = None, **extra: Any) -> None:
+    def export(self, folder: str, **extra: Any) -> None:
         """Write the classifier's folder, from the main process.
 
         Args:
             folder: where to.
-            head_name: name under which the head is kept beside others; `self.active_head` when None.
-            **extra: further arguments of `nc_hf.hub.save_pretrained`, such as `heads` and `metadata`.
+            **extra: further arguments of `nc_hf.hub.save_pretrained`, such as `class_means` and `metadata`.
         """
         if not self.args.should_save:
             return
-        task, head_name = self.task, head_name or self.active_head
+        task = self.task
         centers = task.collapse.centers if task.collapse is not None and task.collapse.mode != "batch" else None
         if centers is not None:
             extra.setdefault("centers", centers.detach())
@@ -187,8 +186,8 @@ class SavingTrainer(Trainer):
             folder,
             label_names=self.class_names,
             image_processor=self.processing_class,
-            heads={**self.other_heads, **extra.pop("heads", {}), head_name: task.head.state_dict()},
-            active_head=head_name,
+            heads={**self.other_heads, self.active_head: task.head.state_dict()},
+            active_head=self.active_head,
             class_counts=self.class_counts,
             **extra,
         )
