@@ -13,9 +13,14 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+LAUNCHERS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # what accelerate launch and torchrun leave
+
 
 def start_processes(expected: int | None = None) -> PartialState:
     """Set up processes, logging and threads.
+
+    A process has the threads that `OMP_NUM_THREADS` gives it, else its share of the cores that it may run on. A 1 that
+    comes through a launcher counts as not given: launchers set it where nobody did. Narrow the cores there.
 
     Args:
         expected: number of processes that must have started; any when None.
@@ -31,12 +36,17 @@ def start_processes(expected: int | None = None) -> PartialState:
             f"the recipe asks for {expected} processes (expected_processes) but {state.num_processes} started. "
             "Launch with a file of recipes/accelerate/ (`accelerate launch --cpu --num_processes 2` starts one)."
         )
-    # On a CPU, accelerate's launcher leaves one thread to each process.
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // processes_here))
+    if not _threads_are_given():
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes_here))
     logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
     return state
+
+
+def _threads_are_given() -> bool:
+    launched = not LAUNCHERS.isdisjoint(os.environ)
+    return os.environ.get("OMP_NUM_THREADS") not in ((None, "", "1") if launched else (None, ""))
 
 
 def share_buffers(module: nn.Module) -> None:
