@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,19 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             f"`labels` must lie in 0 to {num_classes - 1}, the model's outputs, got {outside[0].item()} in a batch. "
             "Number the classes from 0, leave images without a class out, or load the model with more num_labels."
         )
+
+
+def label_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """Images of each class in a batch, without waiting for the device, as `torch.bincount` does.
+
+    Args:
+        labels: (B,) integers in [0, K).
+        num_classes: K.
+
+    Returns:
+        (K,) integers.
+    """
+    return labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))
 
 
 def check_class_order(source: str, own: Sequence[str] | None, names: Sequence[str]) -> None:

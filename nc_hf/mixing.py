@@ -77,7 +77,7 @@ def mix_batch(
     else:
         mixing = draw_mixup(len(all_labels), mixup_alpha, seed)
     first = accelerator.process_index * len(labels)
-    partners = mixing.partners[first : first + len(labels)].to(labels.device)
+    partners = mixing.partners[first : first + len(labels)].to(labels.device, non_blocking=True)
     batch["pixel_values"] = mix(images, all_images[partners], mixing)
     batch["partners"] = all_labels[partners]
-    batch["mixing"] = torch.tensor(mixing.share, dtype=torch.float32, device=labels.device)
+    batch["mixing"] = torch.full((), mixing.share, dtype=torch.float32, device=labels.device)

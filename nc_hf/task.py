@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nc_hf.labels import label_counts
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
@@ -163,7 +164,7 @@ class ClassificationTask(nn.Module):
             _, logits = self.features_and_logits(pixel_values)
             return {"logits": logits} | ({} if labels is None else {"loss": self.supervised(logits, labels).mean()})
         if update_counts is None:
-            update_counts = torch.bincount(self.counted_labels(labels), minlength=self.num_classes)
+            update_counts = label_counts(self.counted_labels(labels), self.num_classes)
         update = Update(update_counts.to(torch.float32), update_batches, partners, mixing)
         terms, logits = self.training_terms(pixel_values, labels, update)
         return {"loss": sum(terms.values()), "logits": logits, **{f"loss_{name}": t for name, t in terms.items()}}

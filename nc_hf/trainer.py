@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer
 
 from nc_hf.collation import collate, spare_ready_batches
 from nc_hf.error_notes import noted_errors
-from nc_hf.labels import check_labels, counts_of, labels_of, names_of
+from nc_hf.labels import check_labels, counts_of, label_counts, labels_of, names_of
 from nc_hf.metrics.geometry import class_means
 from nc_hf.mixing import mix_batch
 from nc_hf.models.classifier import feature_dim
@@ -122,8 +122,7 @@ class NCTrainer(SavingTrainer):
         counts = torch.zeros(self.task.num_classes, device=device)
         for batch in batches:
             check_labels(batch["labels"], self.task.num_classes)
-            labels = self.task.counted_labels(batch["labels"])
-            counts.index_add_(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+            counts += label_counts(self.task.counted_labels(batch["labels"]), self.task.num_classes)
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
             batch["update_counts"], batch["update_batches"] = counts, len(batches)

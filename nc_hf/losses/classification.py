@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nc_hf.labels import label_counts
 from nc_hf.losses import long_tail
 from nc_hf.losses.precision import at_least_float32
 
@@ -218,7 +219,7 @@ class SupervisedLoss(nn.Module):
         if not self.training:
             update_counts = torch.ones(logits.shape[1], device=logits.device)
         elif update_counts is None:
-            update_counts = torch.bincount(labels, minlength=logits.shape[1])
+            update_counts = label_counts(labels, logits.shape[1])
         return function(logits, labels, update_counts, **self.settings)
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nc_hf.labels import check_labels
+from nc_hf.labels import check_labels, label_counts
 from nc_hf.losses.class_means import class_means, gather_with_gradient
 from nc_hf.losses.nearest_angle import NearestAngles, gram_norm
 from nc_hf.losses.precision import at_least_float32
@@ -59,7 +59,7 @@ def within_class_loss(
     _check_choice("reduction", reduction, Reduction.__args__)
     _check_batch(features, labels, centers.shape)
     features, centers = at_least_float32(features), at_least_float32(centers)
-    counts = torch.bincount(labels, minlength=len(centers)) if class_counts is None else class_counts
+    counts = label_counts(labels, len(centers)) if class_counts is None else class_counts
     squared_distances = (features - centers[labels]).square().sum(dim=1)
     if reduction == "images":
         return squared_distances.sum() / counts.sum().clamp(min=1)

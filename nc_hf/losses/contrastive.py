@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from nc_hf.heads import simplex_directions
+from nc_hf.labels import label_counts
 from nc_hf.losses.precision import at_least_float32, unit_rows
 
 
@@ -159,7 +160,7 @@ def update_centroids(centroids: Tensor, vectors: Tensor, labels: Tensor, momentu
     """
     vectors = at_least_float32(vectors)
     sums = torch.zeros_like(centroids, dtype=vectors.dtype).index_add(0, labels, vectors)
-    present = torch.bincount(labels, minlength=len(centroids)) > 0
+    present = label_counts(labels, len(centroids)) > 0
     blended = unit_rows(momentum * centroids + (1 - momentum) * unit_rows(sums))
     return torch.where(present[:, None], blended, centroids)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nc_hf.labels import label_counts
 from nc_hf.losses.precision import at_least_float32
 
 SmoothingForm = Literal["concave", "linear", "convex", "exp"]
@@ -235,7 +236,7 @@ def lade(logits: Tensor, labels: Tensor, counts: Tensor, *, weight: float = 0.1,
     logits = at_least_float32(logits)
     prior = counts.to(logits.dtype) / counts.sum()
     safe_prior = torch.where(counts > 0, prior, 1.0)
-    in_batch = torch.bincount(labels, minlength=logits.shape[1])
+    in_batch = label_counts(labels, logits.shape[1])
     own_means = torch.where(_is_own(logits, labels), logits, 0.0).sum(dim=0) / in_batch.clamp(min=1)
     log_ratios = logits - (len(counts) * safe_prior).log()
     log_means = log_ratios.logsumexp(dim=0) - math.log(max(len(labels), 1))
