@@ -15,14 +15,12 @@ import pytest
 from nc_hf.doors import check_doors
 
 ROOT = Path(__file__).resolve().parents[1]
+ACCELERATE = str(Path(sys.executable).parent / "accelerate")
 SHORT = ["--stage1.num_train_epochs", "3", "--stage2.num_train_epochs", "2"]
 
 
-def command(script: str, *arguments: str) -> list[str]:
-    launcher = (
-        [str(Path(sys.executable).parent / "accelerate"), "launch"] if script == "train.py" else [sys.executable]
-    )
-    return [*launcher, str(ROOT / "recipes" / script), *arguments]
+def command(*arguments: str, launcher: tuple[str, ...] = (ACCELERATE, "launch")) -> list[str]:
+    return [*launcher, str(ROOT / "recipes/train.py"), *arguments]
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
@@ -43,10 +41,6 @@ def finish(process: subprocess.Popen, check: bool = True) -> subprocess.Complete
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run(folder: Path, script: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    return finish(start(folder, command(script, *arguments)), check)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("train")
@@ -55,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def straight(folder) -> dict:
     """The default recipe, shortened."""
-    run(folder, "train.py", *SHORT, "--name", "straight")
+    finish(start(folder, command(*SHORT, "--name", "straight")))
     return json.loads((folder / "out/straight/results.json").read_text())
 
 
@@ -93,7 +87,8 @@ def test_a_run_leaves_a_folder_for_the_hub_with_a_card_to_read(folder, straight)
 
 
 def test_a_push_that_cannot_succeed_is_refused_before_anything_is_trained(folder):
-    done = run(folder, "train.py", "--hub.repo_id", "me/model", "--name", "pushed", check=False)
+    asked = command("--hub.repo_id", "me/model", "--name", "pushed", launcher=(sys.executable,))
+    done = finish(start(folder, asked), check=False)
     assert done.returncode != 0
     assert "cannot push to me/model: there is no token. Run `hf auth login` first." in done.stderr
     assert not (folder / "out/pushed").exists()
@@ -120,27 +115,28 @@ def test_another_recipe_in_the_same_folder_is_refused(straight, train):
         train("--stage1.num_train_epochs", "4", "--stage2.num_train_epochs", "2", "--name", "straight")
 
 
-def test_stage_two_runs_alone_from_a_folder(folder, straight):
+def test_stage_two_runs_alone_from_a_folder(folder, straight, train, caplog):
     options = ["--model.name", "out/straight/stage1", "--model.image_size", "null", "--stage1", "null"]
-    done = run(folder, "train.py", *options, "--stage2.heads", "[tau_norm, crt]", *SHORT[2:], "--name", "alone")
-    assert "444 images, 10 classes of 128 to 6, ratio 21.33" in done.stdout
-    assert "classes with many: 1, medium: 5, few: 4 training images" in done.stdout
+    with caplog.at_level("INFO"):
+        train(*options, "--stage2.heads", "[tau_norm, crt]", *SHORT[2:], "--name", "alone")
+    assert "444 images, 10 classes of 128 to 6, ratio 21.33" in caplog.text
+    assert "classes with many: 1, medium: 5, few: 4 training images" in caplog.text
     results = json.loads((folder / "out/alone/results.json").read_text())
     assert set(results["heads"]) == {"tau_norm", "crt"} and set(results["training"]) == {"stage2"}
     config = json.loads((folder / "out/alone/stage2/config.json").read_text())
     assert config["nc_hf"]["active_head"] == "tau_norm"
 
 
-def test_a_validation_split_is_measured_when_asked_for(folder):
+def test_a_validation_split_is_measured_when_asked_for(folder, train):
     often = ["--stage1.eval_strategy", "steps", "--stage1.eval_steps", "5", "--stage2", "null"]
     data = ["--data.validation_fraction", "0.2", "--stage1.num_train_epochs", "1"]
-    run(folder, "train.py", *often, *data, "--name", "validated")
+    train(*often, *data, "--name", "validated")
     records = [json.loads(line) for line in (folder / "out/validated/log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "eval_accuracy" in record] == [5, 10, 12]
 
 
-def test_a_killed_run_resumes_to_the_same_results(folder, straight, train):
-    process = start(folder, command("train.py", *SHORT, "--name", "killed"))
+def test_a_killed_run_resumes_to_the_same_results(folder, straight, train, caplog):
+    process = start(folder, command(*SHORT, "--name", "killed"))
     checkpoints = folder / "out/killed/checkpoints/stage1"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
@@ -150,16 +146,18 @@ def test_a_killed_run_resumes_to_the_same_results(folder, straight, train):
     assert list(checkpoints.glob("checkpoint-*/complete.json"))
     with pytest.raises(SystemExit, match="holds a run of another recipe"):
         train(*SHORT, "--name", "killed", "--seed", "1")
-    done = run(folder, "train.py", *SHORT, "--name", "killed")
-    assert "resuming from" in done.stdout
+    with caplog.at_level("INFO"):
+        train(*SHORT, "--name", "killed")
+    assert "resuming from out/killed" in caplog.text
     resumed = json.loads((folder / "out/killed/results.json").read_text())
     for head, metrics in straight["heads"].items():
         assert resumed["heads"][head]["per_class_accuracy"] == metrics["per_class_accuracy"]
         assert resumed["heads"][head]["ece"] == metrics["ece"]
 
 
-def test_evaluate_gives_what_the_run_gave(folder, straight):
-    run(folder, "evaluate.py", "out/straight/stage2", "--json", "again.json")
+def test_evaluate_gives_what_the_run_gave(folder, straight, script, monkeypatch):
+    monkeypatch.chdir(folder)
+    script("evaluate").main(["out/straight/stage2", "--json", "again.json", "--data.cache_dir", str(folder / "cache")])
     again = json.loads((folder / "again.json").read_text())["heads"]
     for head, metrics in straight["heads"].items():
         assert again[head]["per_class_accuracy"] == metrics["per_class_accuracy"]
@@ -173,9 +171,9 @@ def test_another_number_of_processes_is_refused(folder, train):
 
 def test_the_launch_configuration_starts_two_processes(folder):
     configuration = str(ROOT / "recipes/accelerate/cpu_2.yaml")
-    arguments = command("train.py", *SHORT, "--name", "two", "--stage1.expected_processes", "2")
-    arguments[2:2] = ["--config_file", configuration]
-    done = finish(start(folder, arguments))
+    launcher = (ACCELERATE, "launch", "--config_file", configuration)
+    asked = command(*SHORT, "--name", "two", "--stage1.expected_processes", "2", launcher=launcher)
+    done = finish(start(folder, asked))
     assert "2 process(es) on cpu" in done.stdout
     assert "global batch 64 = 32 x 2 process(es)" in done.stdout
     results = json.loads((folder / "out/two/results.json").read_text())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -282,14 +280,14 @@ def test_the_token_is_in_no_message_and_no_file(hub, user, folder, caplog):
     assert not any(token.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-def test_one_command_pushes_every_released_model(hub, user, tmp_path):
+def test_one_command_pushes_every_released_model(hub, user, tmp_path, script, monkeypatch, capsys):
     released = {path.parent.name: path.parent for path in (ROOT / "model_cards").glob("*/config.json")}
     assert released
-    command = [sys.executable, str(ROOT / "recipes/publish.py"), "--all", "--private"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    script("publish").main(["--all", "--private"])
+    printed = capsys.readouterr().out
     for name, folder in released.items():
-        assert f"{hub.base}/{user}/{name}" in done.stdout
+        assert f"{hub.base}/{user}/{name}" in printed
         files = hub.files(f"{user}/{name}")
         for path in folder.rglob("*"):
             if path.is_file() and path.name != "README.md":
