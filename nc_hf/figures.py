@@ -137,7 +137,7 @@ def angle_figure(
             ax.set_title(f"{_plain(name)}\nsmallest {np.nanmin(matrix):.1f}°", fontsize=10)
             ax.spines[:].set_visible(True)
             if names:
-                ax.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+                ax.set_xticks(range(len(names)), names, rotation=90)
                 ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
             else:
                 ax.set(xlabel="class, by number of training images")
