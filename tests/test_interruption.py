@@ -144,9 +144,9 @@ def test_a_signal_between_two_agreements_waits_for_the_next_one(monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")
 def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [*launch, *command("train.py", "--name", "stopped", "--stage1.expected_processes", "2")[2:]]
-    arguments += ["--stage1.num_train_epochs", "12", "--stage2", "null"]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    asked = ["--name", "stopped", "--stage1.expected_processes", "2"]
+    arguments = command(*asked, "--stage1.num_train_epochs", "12", "--stage2", "null", launcher=launcher)
     process = start(tmp_path, arguments)
     checkpoints = tmp_path / "out/stopped/checkpoints/stage1"
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and process.poll() is None:
