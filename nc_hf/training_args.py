@@ -46,9 +46,9 @@ class NCTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the paper's terms, re-balancing and schedules.
 
     Where these differ from the defaults of `TrainingArguments`: `precision` is auto, so a run is in bf16 or fp16 where
-    the device is fast at it, and `channels_last` follows it; `bf16` and `fp16` are None until then, which leaves the
-    choice open, while False rules one out; `remove_unused_columns` is False (image transforms need the image column)
-    and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
+    the device is fast at it, and `channels_last` is on there and on a CPU; `bf16` and `fp16` are None until then, which
+    leaves the choice open, while False rules one out; `remove_unused_columns` is False (image transforms need the image
+    column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
     `start_epoch`, `drw_epoch`, `lr_milestones` and `warmup_epochs` count epochs when they are 1 or more and are
     fractions of the run when they are less than 1.
 
@@ -189,7 +189,8 @@ class NCTrainingArguments(TrainingArguments):
         },
     )
     channels_last: bool | None = field(
-        default=None, metadata={"help": "Memory format of convolutions; None chooses: on with bf16 or fp16."}
+        default=None,
+        metadata={"help": "Memory format of convolutions; None chooses: on with bf16 or fp16, and on a CPU."},
     )
     expected_processes: int | None = field(
         default=None, metadata={"help": "Refuse to start with another number of processes."}
@@ -281,7 +282,7 @@ class NCTrainingArguments(TrainingArguments):
         self.mixed_precision = "no" if self.precision == "fp32" else self.precision
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         if self.channels_last is None:
-            self.channels_last = self.precision != "fp32"
+            self.channels_last = self.precision != "fp32" or self.device.type == "cpu"
 
     def warn_about_late_epochs(self, num_epochs: float) -> None:
         """Warn of what would start after the last of `num_epochs` epochs."""
