@@ -30,7 +30,7 @@ _COMPARED = {
 # On the short schedule plain training has not yet spread the rare classes by itself.
 _SHORT = {name: (SHORT, (METHODS_TABLE.rows[name],)) for name in ("CE", "CE-RS", "CE-RW", "CE + NC")}
 # On four times the images 8 epochs are about as many updates: 3128 beside 2910.
-_EPOCHS_8 = ("--stage1.num_train_epochs", "8", "--stage1.warmup_epochs", "1")
+_EPOCHS_8 = ("--stage1.num_train_epochs", "8", "--stage1.warmup_epochs", "2")
 _SHORT_BALANCED = Setting("CIFAR-10, 8 epochs", "cifar10", None, "cifar10_lt", (*BALANCED, *_EPOCHS_8), "8_epochs")
 FIGURES = {
     "figure2": FigureSpec(
