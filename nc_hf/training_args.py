@@ -46,9 +46,9 @@ class NCTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the paper's terms, re-balancing and schedules.
 
     Where these differ from the defaults of `TrainingArguments`: `precision` is auto, so a run is in bf16 or fp16 where
-    the device is fast at it, and `channels_last` is on there and on a CPU; `bf16` and `fp16` are None until then, which
-    leaves the choice open, while False rules one out; `remove_unused_columns` is False (image transforms need the
-    image column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
+    the device is fast at it, and `channels_last` is on there and on a CPU; `bf16` and `fp16` are None until then, to
+    leave the choice open, while False rules one out; `remove_unused_columns` is False (image transforms need the image
+    column) and `logging_nan_inf_filter` is False (a loss that is not finite stops the run).
     `start_epoch`, `drw_epoch`, `lr_milestones` and `warmup_epochs` count epochs when they are 1 or more and are
     fractions of the run when they are less than 1.
 
