@@ -21,10 +21,11 @@ class CollapseCallback(TrainerCallback):
     The keys of `nc_hf.metrics.measure_geometry` are logged as they are, so they reach `report_to`. A measurement
     changes no weight, no statistic and no random number of the run.
 
-    Training waits for each measurement: two passes over the data set, forward only, which together take around two
-    thirds of the time of an epoch where reading images is cheap. Features go to every process, which sums them in
-    float64 on its CPU, in O(K P) memory. Our image sets give their images without augmentation here; any other data
-    set gives them as it does to the trainer, twice, so one that augments at random has to be replaced by `dataset`.
+    Training waits for each measurement: a pass over the data set, forward only, which takes around a third of the time
+    of an epoch where reading images is cheap. Features go to every process, which keeps up to 1 GiB of them for the
+    second reading that the geometry takes (a larger set is passed over twice) and sums them in float64 on its CPU. Our
+    image sets give their images without augmentation here; any other data set gives them as it does to the trainer, so
+    one that augments at random has to be replaced by `dataset`.
 
     Args:
         trainer: whose classifier is measured; all its processes take part.
@@ -49,7 +50,7 @@ class CollapseCallback(TrainerCallback):
             return
         dataset = self.trainer.train_dataset if self.dataset is None else self.dataset
         # A data loader draws a seed, which would shift every later draw of the run.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.trainer.keeping_features():
             means = self.trainer.class_means(dataset)
             geometry = geometry_of(self.trainer, dataset, means)
         should_log = control.should_log

@@ -143,11 +143,12 @@ def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dic
     means: dict[str, Any] = {}
     for head, trainer, images in trainers_of(source, recipe):
         split, train = evaluated_split(images), images["train"]
-        # The features are the same for each head.
-        means = means or {name: trainer.class_means(images[name]) for name in dict.fromkeys(("train", split))}
         bounds = recipe.evaluation.bounds
-        results["heads"][head] = evaluate_classifier(trainer, images[split], train.class_counts, **bounds)
-        results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
+        with trainer.keeping_features():
+            # The features are the same for each head.
+            means = means or {name: trainer.class_means(images[name]) for name in dict.fromkeys(("train", split))}
+            results["heads"][head] = evaluate_classifier(trainer, images[split], train.class_counts, **bounds)
+            results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
         counts = train.class_counts.tolist()
         dataset = {"name": _last_part(recipe.data.dataset), "description": train.description, **bounds}
         results["dataset"] = dataset | {"class_names": train.class_names, "class_counts": counts}

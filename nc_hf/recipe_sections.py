@@ -64,7 +64,7 @@ class DataConfig:
 class EvaluationConfig:
     """What is measured of each stage's classifier."""
 
-    batch_size: Positive = 512
+    batch_size: Positive = 256
     few_below: Annotated[int, Field(ge=0)] = FEW_BELOW
     many_above: Annotated[int, Field(ge=0)] = MANY_ABOVE
     geometry: bool = True

@@ -159,9 +159,9 @@ def retrain_classifier(
     if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
         if not heads:
             trainer = HeadTrainer(model, args, **kwargs)
-        heads |= {
-            name: _state_of(linear, layer) for name, linear in _computed_heads(trainer, layer, computed, args).items()
-        }
+        with trainer.keeping_features():
+            found = _computed_heads(trainer, layer, computed, args)
+        heads |= {name: _state_of(linear, layer) for name, linear in found.items()}
     trainer.heads = {name: heads[name] for name in args.heads}
     trainer.active_head = args.heads[0]
     layer.load_state_dict(trainer.heads[trainer.active_head])

@@ -19,12 +19,10 @@ from transformers import PrinterCallback, Trainer
 from nc_hf.collation import collate, spare_ready_batches
 from nc_hf.error_notes import noted_errors
 from nc_hf.labels import check_labels, counts_of, label_counts, labels_of, names_of
-from nc_hf.metrics.geometry import class_means
+from nc_hf.measuring_trainer import MeasuringTrainer
 from nc_hf.mixing import mix_batch
-from nc_hf.models.classifier import feature_dim
 from nc_hf.objectives import build_task
 from nc_hf.preflight import check_data, check_trainer, warn_of_unsavable
-from nc_hf.processes import share_buffers
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
@@ -35,7 +33,7 @@ from nc_hf.training_args import NCTrainingArguments, resolve_epoch
 logger = logging.getLogger(__name__)
 
 
-class NCTrainer(SavingTrainer):
+class NCTrainer(MeasuringTrainer, SavingTrainer):
     """A drop-in for `Trainer` on image classification, for any classifier of timm or transformers.
 
     The classifier is trained inside a `ClassificationTask`; `classifier` gives it back, and `save_model` writes a
@@ -162,10 +160,7 @@ class NCTrainer(SavingTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The task's loss; its terms are kept for the log."""
-        if self.args.channels_last and inputs["pixel_values"].ndim == 4:
-            images = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
-            inputs = {**inputs, "pixel_values": images}
-        outputs = model(**inputs)
+        outputs = model(**{**inputs, "pixel_values": self.lay_out(inputs["pixel_values"])})
         share = 1 / inputs.get("update_batches", 1)
         for name, value in outputs.items():
             if name.startswith("loss_"):
@@ -314,36 +309,3 @@ class NCTrainer(SavingTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
-
-    # ---- Features ----
-
-    def iterate_features(
-        self, dataset: Dataset, *, of_collapse: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Features, logits and labels of a data set in eval mode, batch by batch and the same on every process.
-
-        Args:
-            dataset: as for `evaluate`; our image sets give their images without augmentation.
-            of_collapse: give the features that the collapse terms see, where those are not the head's input.
-
-        Yields:
-            Features (B, P) and logits (B, K) in float32, labels (B,).
-        """
-        task, was_training = self.task, self.task.training
-        forward = task.collapse_features_and_logits if of_collapse else task.features_and_logits
-        task.eval()
-        share_buffers(task)
-        try:
-            for batch in self.get_eval_dataloader(dataset):
-                batch = self._prepare_inputs(batch)
-                with torch.no_grad(), self.accelerator.autocast():
-                    features, logits = forward(batch["pixel_values"])
-                yield self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
-        finally:  # also when the caller stops early
-            task.train(was_training)
-
-    def class_means(self, dataset: Dataset, *, of_collapse: bool = False) -> tuple[Tensor, Tensor]:
-        """Class means (K, P) in float64, zero for absent classes, and class counts (K,), as `iterate_features`."""
-        found = self.iterate_features(dataset, of_collapse=of_collapse)
-        width = self.task.collapse.feature_dim if of_collapse else feature_dim(self.task.head)
-        return class_means(((features, labels) for features, _, labels in found), self.task.num_classes, width)

@@ -3,6 +3,7 @@
     python recipes/reproduce.py table3 --dataset cifar10_lt --ratio 100
     python recipes/reproduce.py table3 --dataset cifar10_lt --ratio 100 --rows NC-DRW --seeds 3 --data_dir <folder>
     python recipes/reproduce.py methods --rows "CE" "CE + NC" --data_dir <folder>
+    python recipes/reproduce.py methods --train --jobs 16 --data_dir <folder>
     python recipes/reproduce.py figure2 --train
     python recipes/reproduce.py collapse
     python recipes/reproduce.py collect out/<run> ...
@@ -12,7 +13,8 @@ without and with the terms on 30 epochs, and both figures of its runs (`figure2_
 `collapse`, NC1 to NC4 over training; and `classes`, accuracy by class size.
 Rows that are named by `--rows` are run where they have no results of the same recipe, all rows with `--train`, none
 with `--no-train`. Each run has a folder under `<output>/runs`, where the same command resumes it when interrupted;
-its results then go to results/. Runs are of one process, or as many as the recipe expects. `collect` takes over
+its results then go to results/. Runs are of one process, or as many as the recipe expects; `--jobs 4` has four of them
+at a time on one device, each on its share of the cores and with its output in `<run>.log`. `collect` takes over
 finished runs of recipes/train.py. Tables are written to `<output>` as well, under the name of the columns they were
 cut down to, but not single rows.
 """
@@ -23,8 +25,10 @@ import argparse
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
@@ -49,7 +53,7 @@ def main(arguments: list[str]) -> None:
     if not (bool(options.rows) if options.train is None else options.train):
         print("Nothing was trained. Give --train, or name the rows of a table to run by --rows.")
         return None
-    troubles = [trouble for run in missing if (trouble := run_and_collect(options, *run))]
+    troubles = run_all(options, missing)
     options.show()
     if troubles:
         raise SystemExit("\n".join(troubles))
@@ -73,6 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="folder of the images; without it CIFAR comes from the Hub")
     parser.add_argument("--cache_dir", help="of `datasets`")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="run all that is missing, or nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
     parser.add_argument("--output", type=Path, default=Path("out/reproduce"), help="for runs, tables and figures")
     parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="where results are kept")
     parser.add_argument("--recipes", type=Path, default=HERE, help=argparse.SUPPRESS)
@@ -86,6 +91,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.seeds = 1 if options.seeds is None else options.seeds
     if options.seeds < 1 or (options.epochs is not None and options.epochs <= 0):
         parser.error(f"--seeds and --epochs must be more than 0, got {options.seeds} and {options.epochs}")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, got {options.jobs}")
     if options.table:
         plan_tables(parser, options, options.table)
     elif options.figure:
@@ -172,6 +179,7 @@ def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[st
     run, recipe = run_folder(options.output, plan, seed), plan.recipe(seed)
     processes = str((recipe.stage1 or recipe.stage2).get("expected_processes") or 1)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
+    launch += ["--main_process_port", "0"]  # a free one: several may run at a time
     folders = {"--data.data_dir": options.data_dir, "--data.cache_dir": options.cache_dir}
     data = [word for name, value in folders.items() if value for word in (name, os.path.abspath(value))]
     train = [*launch, str(HERE / "train.py"), str(plan.recipe_path), *plan.overrides(seed), *data]
@@ -208,6 +216,28 @@ def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
     return None
 
 
+def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> list[str]:
+    """Run what is missing, `--jobs` at a time; what went wrong."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    for job in range(options.jobs):
+        shares.put(cores[job % len(cores) :: options.jobs] if cores else [])
+
+    def narrow_cores() -> None:
+        if share := shares.get():
+            os.sched_setaffinity(0, share)  # of this thread alone, and of the processes that it starts
+
+    pool, troubles = ThreadPoolExecutor(options.jobs, initializer=narrow_cores), []
+    runs = [pool.submit(run_and_collect, options, *run) for run in missing]
+    try:
+        for count, run in enumerate(as_completed(runs), 1):
+            troubles += [trouble for trouble in [run.result()] if trouble]
+            print(f"{count} of {len(runs)} run(s) ended, {len(troubles)} of them with an error", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return troubles
+
+
 def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> str | None:
     """Run what is missing of a run and take over its results; what went wrong, if something did."""
     from nc_hf.reproduction import collect_run, matching_precision
@@ -217,13 +247,23 @@ def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> str |
     if trouble := obstacle(plan, seed, run):
         return trouble
     print(f"\n{plan.setting.title}, {plan.folder.name}, seed {seed}: {run}", flush=True)
+    log = None if options.jobs == 1 else run.with_name(f"{run.name}.log")
     for command in commands(options, plan, seed):
-        if subprocess.run(command).returncode:
-            return f"{run}: failed, see above; the same command resumes it."
+        if run_command(command, log):
+            return f"{run}: failed, see {log or 'above'}; the same command resumes it."
     if matching_precision(plan.recipe(seed), read_results(run / "results.json")) is None:
         return f"{run} has results of another recipe than {plan.recipe_path}; they are not taken over."
     collect_run(run, plan.target(seed))
     return None
+
+
+def run_command(command: list[str], log: Path | None) -> int:
+    """Exit status of a command whose output goes to the end of a log file, or where our own goes."""
+    if log is None:
+        return subprocess.run(command).returncode
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
 
 
 def collect(options: argparse.Namespace) -> None:

@@ -287,17 +287,15 @@ def report_stage(
     split = "test" if "test" in images else "validation"
     results["split"] = recipe.data.test_split or split if split == "test" else split
     heads = {"base": trainer.task.head.state_dict()} if stage == "stage1" else trainer.heads
-    means = {name: trainer.class_means(images[name]) for name in ("train", split)}
-    for head in reversed(heads):  # the first one stays in the model
-        trainer.task.head.load_state_dict(heads[head])
-        results["heads"][head] = evaluate_classifier(
-            trainer,
-            images[split],
-            train.class_counts,
-            **evaluation.bounds,
-        )
-        if evaluation.geometry:
-            results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
+    with trainer.keeping_features():
+        means = {name: trainer.class_means(images[name]) for name in ("train", split)}
+        for head in reversed(heads):  # the first one stays in the model
+            trainer.task.head.load_state_dict(heads[head])
+            results["heads"][head] = evaluate_classifier(
+                trainer, images[split], train.class_counts, **evaluation.bounds
+            )
+            if evaluation.geometry:
+                results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
     if getattr(trainer.classifier, "routing", None) is not None:  # an expert assignment, which the folder carries
         results["routing"] = route_experts(trainer, recipe, images[split], train)
     if stage == "stage1":

@@ -85,7 +85,8 @@ def main(folder: Path) -> None:
     labels = torch.cat([labels for _, _, labels in run.iterate_features(odd)])
     answers["counted"] = torch.bincount(labels).tolist()
     fresh = trainer(folder, processes, network_without_batch_statistics(), centers="ema")
-    answers["geometry"] = geometry_of(fresh, odd, fresh.class_means(odd))
+    with fresh.keeping_features():
+        answers["geometry"] = geometry_of(fresh, odd, fresh.class_means(odd))
     set_seed(0)
     run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned")
     run.train()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,35 @@ def test_what_is_missing_is_run_resumed_and_then_shown(tmp_path, script, monkeyp
     assert cells(whole.read_text(), "CE-DRW")[2] == "77.5 ± 3.5"
 
 
+def test_runs_at_a_time_have_cores_of_their_own_and_do_not_fail_together(tmp_path, script, monkeypatch, capsys):
+    plan, together, cores = plan_for("CE-DRW", tmp_path / "results"), threading.Barrier(2, timeout=60), []
+
+    def run(command: list[str], stdout, stderr) -> subprocess.CompletedProcess:
+        options = dict(zip(command, command[1:], strict=False))
+        folder = Path(options["--output_dir"]) / options["--name"]
+        assert stderr == subprocess.STDOUT and stdout.name == f"{folder}.log"
+        if options["--seed"] in "01":  # these wait for each other, so they are at a time or the test fails
+            together.wait()
+            cores.append(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
+        if options["--seed"] == "0":
+            return subprocess.CompletedProcess(command, 1)
+        folder.mkdir(parents=True)
+        finished_run(folder, plan, int(options["--seed"]))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    command = ["table3", "--dataset", "cifar10_lt", "--ratio", "100", "--rows", "CE-DRW", "--seeds", "3"]
+    command += ["--jobs", "2", "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    with pytest.raises(SystemExit, match=r"ce_drw-seed0-\w+: failed, see .*ce_drw-seed0-\w+\.log; the same command"):
+        script.main(command)
+    assert "3 of 3 run(s) ended, 1 of them with an error" in capsys.readouterr().out
+    assert [plan.target(seed).is_file() for seed in range(3)] == [False, True, True]
+    if own:
+        assert os.sched_getaffinity(0) == own == cores[0] | cores[1]
+        assert len(own) == 1 or not cores[0] & cores[1]
+
+
 def test_a_model_that_is_gone_is_not_trained_again_for_its_noise(tmp_path, script, monkeypatch):
     name = "ResNet-32, CE+NC"
     plan = plan_for(name, tmp_path / "results", TABLES["table6"])
@@ -138,6 +169,7 @@ def test_a_run_of_more_processes_than_devices_is_not_started(tmp_path, script, m
         (["table3", "--rows", "NC-DWR"], "table3 has no row NC-DWR; its rows are CE, CE-RS"),
         (["table3", "--ratio", "50"], "its columns are --dataset cifar10_lt --ratio 100, --dataset cifar10_lt"),
         (["table3", "--seeds", "0"], "must be more than 0, got 0"),
+        (["table3", "--jobs", "0"], "--jobs must be 1 or more, got 0"),
         (["table3", "out/run"], "folders of runs go with collect"),
         (["collect"], "folders of runs go with collect"),
         (["figure2", "--rows", "CE"], "--rows are for tables and change nothing of figure2"),

@@ -63,6 +63,11 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def apply_head(head: nn.Module, features: Tensor) -> Tensor:
+    """Logits (B, K) of features (B, P), by a head that is a layer or a 1x1 convolution."""
+    return head(features[..., None, None] if isinstance(head, nn.Conv2d) else features).flatten(1)
+
+
 def check_tap(model: nn.Module, head_name: str, pixel_values: Tensor) -> None:
     """Make sure, on one batch in eval mode, that the logits come from the tapped features and gradients reach them.
 
@@ -80,8 +85,7 @@ def check_tap(model: nn.Module, head_name: str, pixel_values: Tensor) -> None:
         with torch.enable_grad():
             logits = logits_of(model.eval()(pixel_values)).detach().float()
         features, head = tap.read(), model.get_submodule(head_name)
-        again = head(features.detach()[..., None, None] if isinstance(head, nn.Conv2d) else features.detach())
-        again = again.detach().flatten(1).float()
+        again = apply_head(head, features.detach()).detach().float()
     finally:
         tap.remove()
         model.train(was_training)

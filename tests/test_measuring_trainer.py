@@ -1,0 +1,87 @@
+"""Features from memory: the same as from the images, for any head, and only while they hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_images import SmallImages, network_without_batch_statistics
+from small_runs import arguments
+
+from nc_hf import NCTrainer, RetrainingArguments, measuring_trainer, retrain_classifier
+from nc_hf.evaluation import evaluate_classifier, geometry_of
+
+
+@pytest.fixture
+def trainer(tmp_path) -> NCTrainer:
+    trainer = NCTrainer(network_without_batch_statistics(), arguments(tmp_path), train_dataset=SmallImages())
+    trainer.seen = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        trainer.seen += len(output)
+
+    trainer.classifier.body.register_forward_hook(count)
+    return trainer
+
+
+def all_of(trainer: NCTrainer, images: SmallImages) -> list[torch.Tensor]:
+    return [torch.cat(parts) for parts in zip(*trainer.iterate_features(images), strict=True)]
+
+
+def equal(these: list[torch.Tensor], those: list[torch.Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(these, those, strict=True))
+
+
+def test_one_pass_over_the_images_serves_every_measurement_of_every_head(trainer):
+    images = SmallImages(seed=1)
+    heads = [{name: torch.randn_like(w) for name, w in trainer.task.head.state_dict().items()} for _ in "abc"]
+
+    def measurements() -> list:
+        found = []
+        for head in heads:
+            trainer.task.head.load_state_dict(head)
+            found.append(evaluate_classifier(trainer, images, images.class_counts))
+            found.append(geometry_of(trainer, images, trainer.class_means(images)))
+        return found
+
+    expected, trainer.seen = measurements(), 0
+    with trainer.keeping_features():
+        found = measurements()
+    assert trainer.seen == len(images)
+    assert found == expected
+
+
+def test_logits_are_those_of_the_head_at_the_time(trainer):
+    images, head = SmallImages(), trainer.task.head
+    with trainer.keeping_features():
+        first = all_of(trainer, images)
+        assert equal(all_of(trainer, images), first)
+        with torch.no_grad():
+            head.weight.mul_(-2)
+        found = all_of(trainer, images)
+    assert trainer.seen == len(images)
+    assert not torch.allclose(found[1], first[1])
+    assert equal(found, all_of(trainer, images))
+
+
+def test_what_has_no_room_was_not_read_to_its_end_or_is_of_other_images_is_not_from_memory(trainer, monkeypatch):
+    images = SmallImages()
+    with trainer.keeping_features():
+        next(trainer.iterate_features(images))
+        expected, trainer.seen = all_of(trainer, images), 0
+        all_of(trainer, SmallImages(seed=1))
+        assert trainer.seen == len(images)
+    with torch.no_grad():  # outside, a backbone may change
+        trainer.classifier.body[1].weight.mul_(2)
+    changed, trainer.seen = all_of(trainer, images), 0
+    assert not torch.allclose(changed[0], expected[0])
+    monkeypatch.setattr(measuring_trainer, "KEPT_BYTES", 8 * len(images))
+    with trainer.keeping_features():
+        assert all(equal(all_of(trainer, images), changed) for _ in range(3))
+    assert trainer.seen == 3 * len(images)
+
+
+def test_computed_heads_look_at_the_images_once(trainer, tmp_path):
+    images = SmallImages()
+    args = RetrainingArguments(output_dir=str(tmp_path / "two"), heads=["ncm", "least_squares"], report_to="none")
+    retrain_classifier(trainer.classifier, images, args)
+    assert trainer.seen == len(images)
