@@ -166,5 +166,5 @@ def test_saved_folder_opens_in_timm(images, tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
     with torch.no_grad():
-        expected = trainer.classifier.eval()(images.images[:5])
+        expected = trainer.classifier.eval().to(memory_format=torch.contiguous_format)(images.images[:5])
         torch.testing.assert_close(again(images.images[:5]), expected, rtol=0, atol=1e-6)
