@@ -71,9 +71,7 @@ def resumed_within_an_epoch(folder: Path, processes: int) -> NCTrainer:
     return resumed
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    processes = int(sys.argv[2])
+def answers_of(folder: Path, processes: int) -> dict:
     answers = {}
     for name, settings in RUNS.items():
         run = trainer(folder, processes, network_without_batch_statistics(), **settings)
@@ -103,8 +101,14 @@ def main(folder: Path) -> None:
         run.train()
     except FloatingPointError as error:
         answers["nonfinite"] = str(error)
-    (folder / f"rank{run.args.process_index}.json").write_text(json.dumps(answers))
-    run.end()
+    return answers
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    answers = answers_of(folder, int(sys.argv[2]))
+    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(answers))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
-"""BBN: the authors' schedule, the formula, timm's interface, and two processes against one."""
+"""BBN: the authors' schedule, the formula, and timm's interface."""
 
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +19,6 @@ from nc_hf.hub import save_pretrained
 from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.cifar_resnet import CifarResNet
 from nc_hf.models.classifier import check_tap, find_head
-
-HERE = Path(__file__).parent
 
 
 def small_network(**kwargs) -> BilateralNetwork:
@@ -218,24 +211,6 @@ def test_class_weights_are_refused():
 def test_another_network_is_refused():
     with pytest.raises(ValueError, match="two branches such as resnet32_bbn_cifar, got CifarResNet"):
         BilateralTask(CifarResNet((1,), (4,)), "fc", 10)
-
-
-# ---- Processes ----
-
-
-def test_two_processes_train_as_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(HERE / "experts_run.py"), str(tmp_path), "bbn"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text())["bbn"] for rank in range(2))
-    alone = train("bbn")
-    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
-    for key, values in alone["state"].items():
-        np.testing.assert_allclose(first["state"][key], values, rtol=1e-4, atol=2e-6, err_msg=key)
-        np.testing.assert_array_equal(first["state"][key], second["state"][key], err_msg=key)
-    assert len(set(alone["losses"])) == len(alone["losses"])  # something was trained
 
 
 def test_weights_of_both_blocks_start_kaiming_normal():

@@ -10,25 +10,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed_run import answers_of
 
 HERE = Path(__file__).parent
 
 
-def launch(folder: Path, processes: int) -> list[dict]:
+def launch(folder: Path) -> list[dict]:
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    script = [str(HERE / "distributed_run.py"), str(folder), str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(HERE / "distributed_run.py"), str(folder), "2"]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict, dict, dict]:
     folder = tmp_path_factory.mktemp("distributed")
-    (alone,), (first, second) = launch(folder / "one", 1), launch(folder / "two", 2)
-    return alone, first, second
+    return answers_of(folder / "one", 1), *launch(folder / "two")
 
 
 @pytest.mark.parametrize("name", ["learned", "ema", "batch", "train_counts"])

@@ -155,7 +155,7 @@ def assert_trained_as_one(alone: dict, first: dict, second: dict) -> None:
 
 
 def test_two_processes_train_as_one(tmp_path):
-    methods = ("ride_learned", "ride_ema", "ride_batch")
+    methods = ("ride_learned", "ride_ema", "ride_batch", "bbn")
     first, second = two_processes(tmp_path, *methods)
     for method in methods:
         assert_trained_as_one(train(method), first[method], second[method])

@@ -136,8 +136,8 @@ def test_a_validation_split_is_measured_when_asked_for(folder, train):
     assert [record["step"] for record in records if "eval_accuracy" in record] == [5, 10, 12]
 
 
-def test_a_killed_run_resumes_to_the_same_results(folder, straight, train):
-    process = start(folder, command(*SHORT, "--name", "killed"))
+def test_a_killed_run_resumes_to_the_same_results(folder, straight, train, caplog):
+    process = start(folder, command(*SHORT, "--name", "killed", launcher=(sys.executable,)))
     checkpoints = folder / "out/killed/checkpoints/stage1"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
@@ -147,8 +147,9 @@ def test_a_killed_run_resumes_to_the_same_results(folder, straight, train):
     assert list(checkpoints.glob("checkpoint-*/complete.json"))
     with pytest.raises(SystemExit, match="holds a run of another recipe"):
         train(*SHORT, "--name", "killed", "--seed", "1")
-    done = finish(start(folder, command(*SHORT, "--name", "killed")))
-    assert "resuming from out/killed" in done.stdout
+    with caplog.at_level("INFO"):
+        train(*SHORT, "--name", "killed")
+    assert "resuming from out/killed" in caplog.text
     resumed = json.loads((folder / "out/killed/results.json").read_text())
     for head, metrics in straight["heads"].items():
         assert resumed["heads"][head]["per_class_accuracy"] == metrics["per_class_accuracy"]
