@@ -1,9 +1,7 @@
-"""Contrastive runs, which test_contrastive.py does in its own process and starts in two through torchrun."""
+"""Contrastive runs, in one process or in the two of distributed_run.py."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -47,14 +45,3 @@ def summary(run: NCTrainer) -> dict:
     state = {name: tensor.flatten().tolist() for name, tensor in run.task.state_dict().items()}
     logs = [record for record in run.state.log_history if "loss" in record]
     return {"state": state, "logs": [{k: v for k, v in log.items() if k.startswith("loss")} for log in logs]}
-
-
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    answers = {method: summary(train(folder, int(sys.argv[2]), method)) for method in METHODS}
-    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(answers))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -6,7 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import contrastive_run
+import experts_run
 import torch
+import torch.distributed as dist
 from small_images import SmallImages, network_without_batch_statistics
 from transformers import TrainerCallback, set_seed
 
@@ -71,8 +74,10 @@ def resumed_within_an_epoch(folder: Path, processes: int) -> NCTrainer:
     return resumed
 
 
-def answers_of(folder: Path, processes: int) -> dict:
-    answers = {}
+def answers_of(folder: Path, processes: int, rank: int) -> dict:
+    answers = {method: experts_run.train(method, rank, processes) for method in experts_run.METHODS}
+    for method in contrastive_run.METHODS:
+        answers[method] = contrastive_run.summary(contrastive_run.train(folder, processes, method))
     for name, settings in RUNS.items():
         run = trainer(folder, processes, network_without_batch_statistics(), **settings)
         torch.rand(1 + run.args.process_index)  # ranks whose global generators differ
@@ -106,9 +111,10 @@ def answers_of(folder: Path, processes: int) -> dict:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    answers = answers_of(folder, int(sys.argv[2]))
-    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(answers))
-    torch.distributed.destroy_process_group()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    (folder / f"rank{rank}.json").write_text(json.dumps(answers_of(folder, dist.get_world_size(), rank)))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
-"""Known-answer steps of RIDE and BBN in one or several processes: `torchrun … experts_run.py <folder> <method>`."""
+"""Known-answer steps of RIDE and BBN, in one process or in the two of distributed_run.py."""
 
 from __future__ import annotations
-
-import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +15,7 @@ from nc_hf.models.experts import ExpertsNetwork
 from nc_hf.task import ClassificationTask
 
 COUNTS = (12, 8, 6, 6)
+METHODS = ("ride_learned", "ride_ema", "ride_batch", "bbn")
 ROWS, STEPS = 32, 4  # rows of an update over all processes
 
 
@@ -84,16 +81,3 @@ def train(method: str, rank: int = 0, processes: int = 1) -> dict:
             dist.all_reduce(mean)
         losses.append(mean.item())
     return {"losses": losses, "state": {name: t.flatten().tolist() for name, t in task.state_dict().items()}}
-
-
-def main(folder: Path, *methods: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    answers = {method: train(method, rank, dist.get_world_size()) for method in methods}
-    (folder / f"rank{rank}.json").write_text(json.dumps(answers))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from contrastive_oracles import loop_over_pairs, loop_over_queue
-from contrastive_run import METHODS, summary, train
+from contrastive_run import METHODS, train
 from small_images import SmallImages, network_without_batch_statistics
 from torch import Tensor, nn
 
@@ -22,8 +17,6 @@ from nc_hf.contrastive_task import ContrastiveSettings, ContrastiveTask
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.retraining import retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
-
-HERE = Path(__file__).parent
 
 
 def tensor(values) -> Tensor:
@@ -289,31 +282,3 @@ def test_stage_two_puts_a_linear_head_on_the_features(tmp_path):
     )
     stage_two = retrain_classifier(stage_one.classifier, SmallImages(), args)
     assert stage_two.evaluate(SmallImages(seed=1))["eval_loss"] < 0.7 * untrained
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[dict, dict, dict]:
-    """Answers of one process, here, and of both of two, through the real launcher and gloo."""
-    folder = tmp_path_factory.mktemp("contrastive")
-    alone = {method: summary(train(folder / "one", 1, method)) for method in METHODS}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(HERE / "contrastive_run.py"), str(folder), "2"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return alone, *(json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(runs, method):
-    alone, first, second = (answers[method] for answers in runs)
-    assert len(alone["logs"]) == 12
-    for log, log_alone in zip(first["logs"], alone["logs"], strict=True):
-        assert log.keys() == log_alone.keys() >= {"loss", "loss_contrastive", "loss_within", "loss_between"}
-        assert ("loss_targets" in log) == (method == "tsc")
-        for name, value in log_alone.items():
-            np.testing.assert_allclose(log[name], value, rtol=1e-4, err_msg=name)
-    for key, values in alone["state"].items():
-        np.testing.assert_allclose(first["state"][key], values, rtol=1e-4, atol=1e-5, err_msg=key)
-        np.testing.assert_array_equal(first["state"][key], second["state"][key], err_msg=key)
-    assert len({log["loss"] for log in alone["logs"]}) == 12  # something was trained

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contrastive_run
+import experts_run
 import numpy as np
 import pytest
 from distributed_run import answers_of
@@ -18,7 +20,7 @@ HERE = Path(__file__).parent
 def launch(folder: Path) -> list[dict]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(HERE / "distributed_run.py"), str(folder), "2"]
+    script = [str(HERE / "distributed_run.py"), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -28,10 +30,10 @@ def launch(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[dict, dict, dict]:
     folder = tmp_path_factory.mktemp("distributed")
-    return answers_of(folder / "one", 1), *launch(folder / "two")
+    return answers_of(folder / "one", 1, 0), *launch(folder / "two")
 
 
-@pytest.mark.parametrize("name", ["learned", "ema", "batch", "train_counts"])
+@pytest.mark.parametrize("name", ["learned", "ema", "batch", "train_counts", *experts_run.METHODS])
 def test_two_processes_train_as_one(runs, name):
     alone, first, second = (answers[name] for answers in runs)
     np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
@@ -39,6 +41,21 @@ def test_two_processes_train_as_one(runs, name):
         np.testing.assert_allclose(first["state"][key], values, rtol=1e-4, atol=2e-6, err_msg=key)
         np.testing.assert_array_equal(first["state"][key], second["state"][key], err_msg=key)
     assert len(set(alone["losses"])) == len(alone["losses"])  # something was trained
+
+
+@pytest.mark.parametrize("method", contrastive_run.METHODS)
+def test_contrastive_stages_train_as_one(runs, method):
+    alone, first, second = (answers[method] for answers in runs)
+    assert len(alone["logs"]) == 12
+    for log, log_alone in zip(first["logs"], alone["logs"], strict=True):
+        assert log.keys() == log_alone.keys() >= {"loss", "loss_contrastive", "loss_within", "loss_between"}
+        assert ("loss_targets" in log) == (method == "tsc")
+        for name, value in log_alone.items():
+            np.testing.assert_allclose(log[name], value, rtol=1e-4, err_msg=name)
+    for key, values in alone["state"].items():
+        np.testing.assert_allclose(first["state"][key], values, rtol=1e-4, atol=1e-5, err_msg=key)
+        np.testing.assert_array_equal(first["state"][key], second["state"][key], err_msg=key)
+    assert len({log["loss"] for log in alone["logs"]}) == 12  # something was trained
 
 
 def test_a_run_resumed_within_an_epoch_goes_on_with_its_images(runs):

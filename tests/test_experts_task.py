@@ -1,14 +1,7 @@
-"""RIDE: the task that trains the experts, alone and on two processes."""
+"""RIDE: the task that trains the experts."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from experts_run import ROWS, all_rows, counts_of, cross_entropy, freeze_batch_statistics, small_task, train
@@ -19,8 +12,6 @@ from nc_hf.losses.precision import unit_rows
 from nc_hf.models.cifar_resnet import CifarResNet
 from nc_hf.models.classifier import check_tap
 from nc_hf.models.experts import ExpertsNetwork
-
-HERE = Path(__file__).parent
 
 
 def small_network(num_experts: int = 3, num_classes: int = 4, **kwargs) -> ExpertsNetwork:
@@ -132,30 +123,3 @@ def test_another_network_is_refused():
         ValueError, match="RIDE needs a network of experts such as resnet32_ride_cifar, got CifarResNet"
     ):
         ExpertsTask(CifarResNet((1,), (4,)), "fc", 10)
-
-
-# ---- Processes ----
-
-
-def two_processes(folder: Path, *methods: str) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(HERE / "experts_run.py"), str(folder), *methods]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command + script, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-def assert_trained_as_one(alone: dict, first: dict, second: dict) -> None:
-    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=1e-5)
-    for key, values in alone["state"].items():
-        np.testing.assert_allclose(first["state"][key], values, rtol=1e-4, atol=2e-6, err_msg=key)
-        np.testing.assert_array_equal(first["state"][key], second["state"][key], err_msg=key)
-    assert len(set(alone["losses"])) == len(alone["losses"])  # something was trained
-
-
-def test_two_processes_train_as_one(tmp_path):
-    methods = ("ride_learned", "ride_ema", "ride_batch", "bbn")
-    first, second = two_processes(tmp_path, *methods)
-    for method in methods:
-        assert_trained_as_one(train(method), first[method], second[method])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from small_images import SmallImages
 from small_runs import arguments, network
-from test_train_recipe import command, finish, start
+from test_train_recipe import ACCELERATE, ROOT, command, finish, start
 from transformers import TrainerCallback, TrainerControl
 
 from nc_hf import interruption
@@ -143,10 +144,10 @@ def test_a_signal_between_two_agreements_waits_for_the_next_one(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")
-def test_two_processes_of_a_recipe_stop_together(tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    asked = ["--name", "stopped", "--stage1.expected_processes", "2"]
-    arguments = command(*asked, "--stage1.num_train_epochs", "12", "--stage2", "null", launcher=launcher)
+def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tmp_path):
+    launcher = (ACCELERATE, "launch", "--config_file", str(ROOT / "recipes/accelerate/cpu_2.yaml"))
+    asked = ["--name", "stopped", "--stage1.expected_processes", "2", "--stage2.num_train_epochs", "1"]
+    arguments = command(*asked, "--stage1.num_train_epochs", "12", launcher=launcher)
     process = start(tmp_path, arguments)
     checkpoints = tmp_path / "out/stopped/checkpoints/stage1"
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and process.poll() is None:
@@ -154,7 +155,10 @@ def test_two_processes_of_a_recipe_stop_together(tmp_path):
     process.send_signal(signal.SIGTERM)  # to the launcher, which passes it on
     output = finish(process, check=False).stdout
     assert process.returncode
-    assert "stopped and saved after" in output
+    assert "2 process(es) on cpu" in output and "global batch 64 = 32 x 2 process(es)" in output
     steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.iterdir() if is_complete(path))
     assert f"stopped and saved after {steps[-1]} of" in output
     assert not (tmp_path / "out/stopped/results.json").exists()
+    assert f"checkpoint-{steps[-1]}" in finish(start(tmp_path, arguments)).stdout
+    results = json.loads((tmp_path / "out/stopped/results.json").read_text())
+    assert results["heads"]["crt"]["images"] == 500

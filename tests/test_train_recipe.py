@@ -86,20 +86,20 @@ def test_a_run_leaves_a_folder_for_the_hub_with_a_card_to_read(folder, straight)
             assert str(folder).encode() not in path.read_bytes(), path
 
 
-def test_a_push_that_cannot_succeed_is_refused_before_anything_is_trained(folder):
-    asked = command("--hub.repo_id", "me/model", "--name", "pushed", launcher=(sys.executable,))
-    done = finish(start(folder, asked), check=False)
-    assert done.returncode != 0
-    assert "cannot push to me/model: there is no token. Run `hf auth login` first." in done.stderr
-    assert not (folder / "out/pushed").exists()
-
-
 @pytest.fixture
 def train(folder, script, monkeypatch):
     """The function behind recipes/train.py, in this process, with the threads of a launched one."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return lambda *arguments: script("train").main([*arguments, "--data.cache_dir", str(folder / "cache")])
+
+
+def test_a_push_that_cannot_succeed_is_refused_before_anything_is_trained(folder, train, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(SystemExit, match="cannot push to me/model: there is no token. Run `hf auth login` first."):
+        train("--hub.repo_id", "me/model", "--name", "pushed")
+    assert not (folder / "out/pushed").exists()
 
 
 def test_the_same_command_again_shows_the_table_without_training(folder, straight, train, capsys, caplog):
@@ -169,17 +169,6 @@ def test_another_number_of_processes_is_refused(folder, train):
     with pytest.raises(SystemExit, match=r"asks for 2 processes \(expected_processes\) but 1 started"):
         train("--stage1.expected_processes", "2", "--name", "waiting")
     assert not (folder / "out/waiting").exists()
-
-
-def test_the_launch_configuration_starts_two_processes(folder):
-    configuration = str(ROOT / "recipes/accelerate/cpu_2.yaml")
-    launcher = (ACCELERATE, "launch", "--config_file", configuration)
-    asked = command(*SHORT, "--name", "two", "--stage1.expected_processes", "2", launcher=launcher)
-    done = finish(start(folder, asked))
-    assert "2 process(es) on cpu" in done.stdout
-    assert "global batch 64 = 32 x 2 process(es)" in done.stdout
-    results = json.loads((folder / "out/two/results.json").read_text())
-    assert results["heads"]["crt"]["images"] == 500
 
 
 def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(train, monkeypatch):
