@@ -70,14 +70,13 @@ class MeasuringTrainer(Trainer):
             Features (B, P) and logits (B, K) in float32, labels (B,).
         """
         task, was_training = self.task, self.task.training
-        keep = self._kept is not None and not of_collapse
-        kept = self._kept.get(id(dataset)) if keep else None
+        store = None if of_collapse else self._kept
         task.eval()
         try:
-            if kept is not None:
-                yield from self._from_memory(kept)
+            if store is not None and id(dataset) in store:
+                yield from self._from_memory(store[id(dataset)])
             else:
-                yield from self._from_images(dataset, of_collapse, keep)
+                yield from self._from_images(dataset, of_collapse, store)
         finally:  # also when the caller stops early
             task.train(was_training)
 
@@ -93,21 +92,20 @@ class MeasuringTrainer(Trainer):
             return images.contiguous(memory_format=torch.channels_last)
         return images
 
-    def _from_images(self, dataset: Dataset, of_collapse: bool, keep: bool) -> Iterator[Batch]:
+    def _from_images(self, dataset: Dataset, of_collapse: bool, store: dict[int, _Kept] | None) -> Iterator[Batch]:
         task = self.task
         forward = task.collapse_features_and_logits if of_collapse else task.features_and_logits
         share_buffers(task)
-        kept = _Kept(dataset, _state(task.head), KEPT_BYTES) if keep else None
+        kept = _Kept(dataset, _state(task.head), -1 if store is None else KEPT_BYTES)
         for batch in self.get_eval_dataloader(dataset):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 features, logits = forward(self.lay_out(batch["pixel_values"]))
             found = self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
-            if kept is not None:
-                kept.add(found)
+            kept.add(found)
             yield found
-        if kept is not None and kept.room >= 0:
-            self._kept[id(dataset)] = kept
+        if kept.room >= 0:
+            store[id(dataset)] = kept
 
     def _from_memory(self, kept: _Kept) -> Iterator[Batch]:
         head, device = self.task.head, self.args.device
