@@ -66,7 +66,7 @@ FIGURES = {
         "Figure 3 on the schedule of `methods`, CIFAR-10",
         "norms",
         {
-            "balanced, as many updates": (_SHORT_BALANCED, (Row("ce", overrides=MIXUP),)),
+            "balanced": (_SHORT_BALANCED, (Row("ce", overrides=MIXUP),)),
             "long-tailed": _SHORT["CE"],
             "long-tailed, NC": _SHORT["CE + NC"],
         },
