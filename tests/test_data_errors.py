@@ -345,3 +345,9 @@ def test_whatever_a_decoder_raises_names_the_file(error, tmp_path, monkeypatch):
     assert load_images(dataset, SMALL, input_path="resident", on_bad_image="skip").skipped == 1
     with pytest.raises(ValueError, match=r"image in row 3 \(.*3\.png\) cannot be read"):
         load_images(dataset, SMALL, input_path="resident")
+
+
+def test_a_file_that_is_no_parquet_is_said(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(FileNotFoundError, match="'parquet'.*could not be loaded: ArrowInvalid: .*Parquet"):
+        load_splits("parquet", data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache"))

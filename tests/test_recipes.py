@@ -97,14 +97,15 @@ def photographs(shared, tmp_path_factory) -> Path:
     """2,000 images of CIFAR-10 with a long tail, and 500 to test on."""
     folder = tmp_path_factory.mktemp("photographs")
     files = {name: str(shared / "data" / f"cifar10-{name}.parquet") for name in ("train", "test")}
+    (folder / "images").mkdir()
     images = load_dataset("parquet", data_files=files, cache_dir=str(folder / "cache"))
     counts = {"train": (600 * 0.6 ** np.arange(10)).astype(int), "test": np.full(10, 50)}
     counts["train"][0] += 2000 - counts["train"].sum()
     for name, split in images.items():
         labels = np.asarray(split["label"])
         rows = [np.flatnonzero(labels == k)[:count] for k, count in enumerate(counts[name])]
-        split.select(np.sort(np.concatenate(rows))).to_parquet(str(folder / f"{name}.parquet"))
-    return folder
+        split.select(np.sort(np.concatenate(rows))).to_parquet(str(folder / "images" / f"{name}.parquet"))
+    return folder / "images"  # in which `datasets` takes any file for images, so its cache lies beside it
 
 
 @pytest.mark.slow
@@ -117,7 +118,7 @@ def test_every_recipe_of_cifar10_lt_trains_on_photographs(photographs, path, ter
     if recipe.stage2 is not None:
         arguments += ["--stage2.num_train_epochs", "2"]
     script = [sys.executable, str(ROOT / "recipes" / "train.py"), str(path), *arguments]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(photographs / "cache")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(photographs.parent / "cache")}
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "out" / f"cifar10_lt-{path.stem}" / "results.json").read_text())

@@ -140,9 +140,10 @@ def _load_any(
     try:
         return load_dataset(dataset, config_name, data_dir=data_dir, cache_dir=cache_dir)
     except Exception as error:  # the library has many kinds of them; all mean that there are no images
+        cause = error.__cause__ or error  # of a file that cannot be read the library's own error does not say why
         raise FileNotFoundError(
-            f"the data set {dataset!r} (data_dir {data_dir}) could not be loaded: {type(error).__name__}: "
-            f"{str(error)[:300]}. It must be one of {', '.join(BUILDERS)}, imagefolder or parquet with data_dir, or a "
+            f"the data set {dataset!r} (data_dir {data_dir}) could not be loaded: {type(cause).__name__}: "
+            f"{str(cause)[:300]}. It must be one of {', '.join(BUILDERS)}, imagefolder or parquet with data_dir, or a "
             "Hub id (user/name)."
         ) from error
 
