@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
@@ -140,7 +141,8 @@ def _load_any(
     try:
         return load_dataset(dataset, config_name, data_dir=data_dir, cache_dir=cache_dir)
     except Exception as error:  # the library has many kinds of them; all mean that there are no images
-        cause = error.__cause__ or error  # of a file that cannot be read the library's own error does not say why
+        # This kind does not say why the files cannot be read; its cause does.
+        cause = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
         raise FileNotFoundError(
             f"the data set {dataset!r} (data_dir {data_dir}) could not be loaded: {type(cause).__name__}: "
             f"{str(cause)[:300]}. It must be one of {', '.join(BUILDERS)}, imagefolder or parquet with data_dir, or a "
