@@ -33,7 +33,7 @@ _HOMES = {
     "class_weights": "rebalancing",
     "compute_metrics_for": "metrics",
     "evaluate_classifier": "evaluation",
-    "image_settings": "models.classifier",
+    "image_settings": "models.image_settings",
     "load_classifier": "models.classifier",
     "load_images": "data.images",
     "load_pretrained": "hub",

@@ -167,7 +167,8 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
     """
     from nc_hf.hub import load_heads, load_pretrained
     from nc_hf.image_sets import image_sets, read_splits
-    from nc_hf.models.classifier import find_head, image_settings, local_folder
+    from nc_hf.models.classifier import find_head, local_folder
+    from nc_hf.models.image_settings import image_settings
     from nc_hf.task import ClassificationTask
     from nc_hf.trainer import NCTrainer
     from nc_hf.training_args import NCTrainingArguments

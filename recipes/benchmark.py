@@ -26,7 +26,8 @@ from transformers import TrainerCallback
 from nc_hf.data.augment import ImageTransform
 from nc_hf.data.images import load_images
 from nc_hf.losses.collapse import between_class_loss
-from nc_hf.models.classifier import image_settings, load_classifier
+from nc_hf.models.classifier import load_classifier
+from nc_hf.models.image_settings import image_settings
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
 

@@ -151,8 +151,9 @@ def load_model_and_images(recipe: Any, splits: Any) -> tuple[Any, Any, dict[str,
     from transformers import set_seed
 
     from nc_hf.image_sets import image_sets
-    from nc_hf.models.classifier import image_settings, load_classifier
+    from nc_hf.models.classifier import load_classifier
     from nc_hf.models.headed import replace_head
+    from nc_hf.models.image_settings import image_settings
 
     spec = recipe.model
     names = splits["train"].features["label"].names

@@ -17,8 +17,9 @@ from nc_hf.experts_task import ExpertsTask
 from nc_hf.hub import save_pretrained
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.losses.precision import unit_rows
-from nc_hf.models.classifier import check_tap, find_head, image_settings, load_classifier
+from nc_hf.models.classifier import check_tap, find_head, load_classifier
 from nc_hf.models.experts_imagenet import ResNeXtExperts
+from nc_hf.models.image_settings import image_settings
 from nc_hf.models.routing import evaluate_routing, routed
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments

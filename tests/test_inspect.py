@@ -27,8 +27,9 @@ from nc_hf.inspect import (
     main,
     recipe_for,
 )
-from nc_hf.models.classifier import find_head, image_settings, load_classifier
+from nc_hf.models.classifier import find_head, load_classifier
 from nc_hf.models.headed import replace_head
+from nc_hf.models.image_settings import image_settings
 from nc_hf.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,9 @@ from transformers import (
     ConvNextImageProcessor,
     DeiTImageProcessor,
     EfficientNetImageProcessor,
+    LevitImageProcessor,
     MobileViTImageProcessor,
+    PoolFormerImageProcessor,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     ViTConfig,
@@ -30,11 +32,8 @@ from transformers import (
 
 from nc_hf.data.augment import ImageTransform
 from nc_hf.labels import check_class_order
-from nc_hf.models.classifier import (
-    find_head,
-    image_settings,
-    load_classifier,
-)
+from nc_hf.models.classifier import find_head, load_classifier
+from nc_hf.models.image_settings import image_settings
 
 TINY_VIT = {
     "hidden_size": 16,
@@ -114,9 +113,21 @@ def test_image_settings():
         ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
         ConvNextImageProcessor(size={"shortest_edge": 384}),
         EfficientNetImageProcessor(size={"height": 64, "width": 64}),
+        LevitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
+        PoolFormerImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
         ViTImageProcessor(size={"height": 64, "width": 64}, do_normalize=False),
     ],
-    ids=["ViT", "DeiT", "CLIP", "ConvNeXT below 384", "ConvNeXT from 384", "EfficientNet", "not normalized"],
+    ids=[
+        "ViT",
+        "DeiT",
+        "CLIP",
+        "ConvNeXT below 384",
+        "ConvNeXT from 384",
+        "EfficientNet",
+        "LeViT",
+        "PoolFormer",
+        "not normalized",
+    ],
 )
 def test_images_are_those_of_the_image_processor(processor):
     across, down = np.meshgrid(np.linspace(0, 255, 180), np.linspace(0, 255, 120))
@@ -130,7 +141,7 @@ def test_images_are_those_of_the_image_processor(processor):
 
 
 def test_an_image_processor_that_swaps_channels_is_refused():
-    with pytest.raises(ValueError, match="MobileViTImageProcessor has `do_flip_channel_order` on"):
+    with pytest.raises(ValueError, match="MobileViTImageProcessor makes other images"):
         image_settings(tiny_vit(), MobileViTImageProcessor())
 
 

@@ -25,7 +25,6 @@ __all__ = [
     "feature_dim",
     "find_head",
     "freeze_backbone",
-    "image_settings",
     "load_classifier",
     "local_folder",
     "logits_of",
@@ -210,62 +209,6 @@ def _load_transformers(
         return model, timm_image_processor(model)
     has_processor = (folder / "preprocessor_config.json").is_file()
     return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False) if has_processor else None
-
-
-def image_settings(model: nn.Module, image_processor: Any = None) -> dict[str, Any]:
-    """Settings of a model's images, as `ImageTransform` takes them: from size (H, W) and mean to crop_mode.
-
-    Args:
-        model: of timm, or of transformers with its `image_processor`.
-        image_processor: of the model; a timm model needs none.
-
-    Raises:
-        ValueError: for a transformers model without an image processor that tells them, or one that swaps channels or
-            shifts their values in a way of its own.
-    """
-    model = getattr(model, "timm_model", model)
-    if hasattr(model, "pretrained_cfg"):
-        cfg = timm.data.resolve_model_data_config(model)
-        keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-        return {"size": tuple(cfg["input_size"][1:]), **{key: cfg[key] for key in keys}}
-    return _processor_settings(type(model).__name__, image_processor)
-
-
-def _processor_settings(owner: str, image_processor: Any) -> dict[str, Any]:
-    """`image_settings` from an image processor of transformers."""
-    own = [name for name in ("do_flip_channel_order", "rescale_offset") if getattr(image_processor, name, False)]
-    if own:
-        raise ValueError(
-            f"{type(image_processor).__name__} has `{own[0]}` on, which no ImageTransform does. Switch it off in the "
-            "processor that you save with the model, or train on images that the processor itself has prepared."
-        )
-    resized, cropped = (getattr(image_processor, key, None) or {} for key in ("size", "crop_size"))
-    cropped = cropped if getattr(image_processor, "do_center_crop", False) else {}
-    size = cropped or resized
-    height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
-    if not height or not width:
-        raise ValueError(
-            f"the size of the images of {owner} is not known: its image processor is "
-            f"{type(image_processor).__name__} with size {dict(resized)}. Give one with height and width."
-        )
-    if cropped:
-        crop_pct = min(1.0, height / (resized.get("height") or resized.get("shortest_edge")))
-    else:  # ConvNeXT's processor resizes to size / crop_pct below 384 pixels
-        crop_pct = (getattr(image_processor, "crop_pct", None) or 1.0) if height < 384 else 1.0
-    squashed = "height" in resized or (hasattr(image_processor, "crop_pct") and height >= 384)
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if image_processor.do_normalize:
-        mean, std = tuple(image_processor.image_mean), tuple(image_processor.image_std)
-        if getattr(image_processor, "include_top", False):  # EfficientNet's divides twice
-            std = tuple(value * value for value in std)
-    return {
-        "size": (height, width),
-        "mean": mean,
-        "std": std,
-        "interpolation": {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(image_processor.resample)],
-        "crop_pct": crop_pct,
-        "crop_mode": "squash" if squashed else "center",
-    }
 
 
 def find_head(model: nn.Module, num_labels: int | None = None, head: str | None = None) -> tuple[str, nn.Module]:
