@@ -26,7 +26,7 @@ PAIRED = {"contrastive": "two_views", "bilateral": "bilateral"}  # objectives on
 FLAG = {"nargs": "?", "const": True}  # for HfArgumentParser: `--bf16` alone is true
 # What allows for the class counts by itself, and samplers that level them.
 PRIOR_LOSSES = ("balanced_softmax", "arb", "logit_adjustment", "lade")
-LEVELLING_SAMPLERS = ("class_balanced", "effective_number", "class_aware", "reversed")
+LEVELLING_SAMPLERS = ("class_balanced", "effective_number", "class_aware", "progressive", "reversed")
 
 
 def resolve_epoch(value: float, num_epochs: float) -> float:

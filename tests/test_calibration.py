@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,6 +60,13 @@ def test_equals_the_definition(seed: int, num_bins: int, num_classes: int, num_i
 def test_half_precision_probabilities_are_not_taken_for_logits() -> None:
     probabilities = np.array([[0.9, 0.1], [0.3, 0.7]], dtype=np.float16)
     assert expected_calibration_error(probabilities, np.array([0, 0]))["mce"] == pytest.approx(0.7, abs=1e-3)
+
+
+def test_probabilities_rounded_to_bfloat16_are_not_taken_for_logits() -> None:
+    exact = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).mul(2).softmax(dim=1)
+    labels, rounded = exact.argmax(dim=1).numpy(), exact.bfloat16().float().numpy()
+    expected = expected_calibration_error(exact.numpy(), labels)["ece"]
+    assert expected_calibration_error(rounded, labels)["ece"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_certain_and_right_is_calibrated() -> None:

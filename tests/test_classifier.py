@@ -244,6 +244,8 @@ def test_tap_under_autocast_copied_and_read_once():
     copied(torch.randn(2, 3, 32, 32))
     with pytest.raises(RuntimeError, match="head did not run"):
         tap.read()
+    model(torch.randn(2, 3, 32, 32))  # with a graph, and nobody reads
+    assert torch.equal(copy.deepcopy(model).fc.weight, model.fc.weight)
 
 
 def test_reset_and_freeze():

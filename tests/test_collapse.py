@@ -250,6 +250,20 @@ def test_two_classes_give_a_constant_without_gradient():
     assert torch.equal(centers.grad, torch.zeros(2, 5))
 
 
+@pytest.mark.parametrize("objective", ["mean", "min", "gram"])
+def test_centers_far_from_zero_keep_their_angles_under_autocast(objective):
+    centers = 1 + 0.01 * torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    gradients, values = [], []
+    for enabled in (False, True):
+        leaf = centers.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            value = between_class_loss(leaf, objective=objective)
+        value.backward()
+        values.append(value.detach())
+        gradients.append(leaf.grad)
+    assert torch.equal(*values) and torch.equal(*gradients)
+
+
 def test_absent_classes_take_no_part():
     centers = torch.randn(6, 4, dtype=torch.float64)
     present = torch.tensor([True, False, True, True, False, True])

@@ -103,16 +103,17 @@ def between_class_loss(
     if present is None:
         present = torch.ones(len(centers), dtype=torch.bool, device=centers.device)
     count = present.sum()
-    if objective == "gram":
-        return torch.where(count >= 2, gram_norm(centers, present, count), centers.sum() * 0)
-    angles = NearestAngles.apply(centers, present)
-    # Two centered centers always lie opposite each other; what is left of a gradient there is rounding.
-    angles = torch.where(count > 2, angles, angles.detach() + 0 * angles)
-    if objective == "mean":
-        loss = -torch.where(present, angles, 0.0).sum() / count.clamp(min=1)
-    else:
-        loss = -torch.where(present, angles, torch.inf).amin()
-    return torch.where(count >= 2, loss, angles.sum() * 0)
+    with torch.autocast(centers.device.type, enabled=False):  # a mean of all rounded to bfloat16 would turn directions
+        if objective == "gram":
+            return torch.where(count >= 2, gram_norm(centers, present, count), centers.sum() * 0)
+        angles = NearestAngles.apply(centers, present)
+        # Two centered centers always lie opposite each other; what is left of a gradient there is rounding.
+        angles = torch.where(count > 2, angles, angles.detach() + 0 * angles)
+        if objective == "mean":
+            loss = -torch.where(present, angles, 0.0).sum() / count.clamp(min=1)
+        else:
+            loss = -torch.where(present, angles, torch.inf).amin()
+        return torch.where(count >= 2, loss, angles.sum() * 0)
 
 
 class NeuralCollapseLoss(nn.Module):
@@ -128,9 +129,9 @@ class NeuralCollapseLoss(nn.Module):
       are alone in a batch and L_W says nothing about them.
 
     The geometry is computed in float32 with autocast off. Args follow the paper's Table 1 for CIFAR-10. In a loop of
-    one's own, for any classifier of timm:
+    one's own, for a classifier of timm whose head is one linear layer:
 
-        collapse = NeuralCollapseLoss(num_classes=10, feature_dim=model.num_features)
+        collapse = NeuralCollapseLoss(num_classes=10, feature_dim=model.head_hidden_size)
         features = model.forward_head(model.forward_features(images), pre_logits=True)  # (B, P), the head's input
         logits = model.get_classifier()(features)
         loss = F.cross_entropy(logits, labels) + sum(collapse(features, labels).values())

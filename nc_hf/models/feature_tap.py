@@ -24,6 +24,10 @@ class FeatureTap:
         self._features: Tensor | None = None
         self._handle = model.get_submodule(head_name).register_forward_pre_hook(self._keep)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Features that nobody read are part of a graph, which cannot be copied with the model.
+        return self.__dict__ | {"_features": None}
+
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._features = inputs[0]
 
