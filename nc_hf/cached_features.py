@@ -56,6 +56,8 @@ class _AugmentedView(Dataset):
 class _HeadOnly(nn.Module):
     """A linear head as a classifier of its own, with features where images usually are."""
 
+    config = None  # it is saved as a part of the classifier that it came from
+
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         weight = head.weight.detach().flatten(1)

@@ -70,6 +70,9 @@ def build_task(
             logger.warning("the backbone is frozen, so the collapse terms have nothing to move and are left out")
     else:
         _check_network(model, objective)
+        backbone = [parameter for name, parameter in model.named_parameters() if not name.startswith(f"{head_name}.")]
+        if args.collapse_enabled and not any(parameter.requires_grad for parameter in backbone):
+            logger.warning("no weight of the backbone requires a gradient, so the collapse terms have nothing to move")
     settings: dict[str, Any] = {}
     if args.collapse_enabled and not freeze_backbone:
         settings["collapse"] = _collapse_loss(model, num_classes, feature_dim(head_module), args, class_counts)

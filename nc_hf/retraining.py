@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,8 @@ def retrain_classifier(
 ) -> HeadTrainer:
     """Give a trained classifier the new heads of `args.heads`; the backbone stays as it is, bit for bit.
 
-    They are made from stage one's head, also where an earlier stage two has put another one in its place.
+    They are made from stage one's head, also where an earlier stage two has put another one in its place. Afterwards
+    the parameters that were trained before are open to training again.
 
     The backbone is in eval mode throughout, so the running statistics of its norms do not move, unless
     `backbone_statistics` is `"shifted"`. With `features="images"` every draw is augmented afresh; `"cached"` computes
@@ -137,11 +140,12 @@ def retrain_classifier(
         tau of each head that has one.
 
     Raises:
-        ValueError: as `NCTrainer` and `check_heads`.
+        ValueError: as `NCTrainer` and `check_heads`, and for several evaluation sets where one must choose a tau.
         RuntimeError: should the backbone have changed.
     """
     head_name, layer = find_head(model, head=head)
     check_heads(layer, args)
+    _check_evaluation_set(args, kwargs.get("eval_dataset"))
     stage_one = stage_one_state(layer) if isinstance(layer, LINEAR) else None
     if not isinstance(layer, LINEAR):
         layer = replace_head(model, "linear")
@@ -149,19 +153,20 @@ def retrain_classifier(
     frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
     kwargs |= {"train_dataset": train_dataset, "head": head_name}
     heads: dict[str, dict[str, Tensor]] = {}
-    for name in [name for name in args.heads if name in TRAINED_HEADS]:
+    with _thawed_again(model):
+        for name in [name for name in args.heads if name in TRAINED_HEADS]:
+            layer.load_state_dict(base)
+            trainer = _train_head(model, layer, name, args, resume_from_checkpoint, kwargs)
+            if args.match_base_norm:
+                scale_to_norm(layer, base["weight"].norm())
+            heads[name] = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
         layer.load_state_dict(base)
-        trainer = _train_head(model, layer, name, args, resume_from_checkpoint, kwargs)
-        if args.match_base_norm:
-            scale_to_norm(layer, base["weight"].norm())
-        heads[name] = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
-    layer.load_state_dict(base)
-    if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
-        if not heads:
-            trainer = HeadTrainer(model, args, **kwargs)
-        with trainer.keeping_features():
-            found = _computed_heads(trainer, layer, computed, args)
-        heads |= {name: _state_of(linear, layer) for name, linear in found.items()}
+        if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
+            if not heads:
+                trainer = HeadTrainer(model, args, **kwargs)
+            with trainer.keeping_features():
+                found = _computed_heads(trainer, layer, computed, args)
+            heads |= {name: _state_of(linear, layer) for name, linear in found.items()}
     trainer.heads = {name: heads[name] for name in args.heads}
     trainer.active_head = args.heads[0]
     layer.load_state_dict(trainer.heads[trainer.active_head])
@@ -185,9 +190,7 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
         ValueError: for heads that need a linear one, a bias that the head does not have, or stage one's head where
             only a later one is left; and for experts.
     """
-    reused = [f"heads: {name}" for name in args.heads if name in ("lws", "tau_norm", "logit_adjusted")]
-    reused += ["head_init: keep"] if "crt" in args.heads and args.head_init == "keep" else []
-    reused += ["match_base_norm"] if args.match_base_norm else []
+    reused = args.goes_on_from_stage_one
     if isinstance(layer, LINEAR):
         biased = [name for name in args.heads if name in ("ncm", "least_squares", "logit_adjusted")]
         if biased and layer.bias is None:
@@ -209,6 +212,25 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
             f"`{reused[0]}` goes on from a linear head, and stage one's is {type(layer).__name__}. "
             "Use crt with head_init: new, ncm or least_squares."
         )
+
+
+def _check_evaluation_set(args: RetrainingArguments, eval_dataset: Any) -> None:
+    chooses = args.tau is None and any(name in args.heads for name in ("tau_norm", "logit_adjusted"))
+    if chooses and isinstance(eval_dataset, dict):
+        raise ValueError(
+            f"tau is chosen on one evaluation set, got {', '.join(eval_dataset)}. Give one of them, or set tau."
+        )
+
+
+@contextmanager
+def _thawed_again(model: nn.Module) -> Iterator[None]:
+    """Afterwards the parameters that take part in training are those of before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ CORRECTING = (*LEVELLING_SAMPLERS, "bilateral")  # samplers after which the prio
 class RetrainingArguments(NCTrainingArguments):
     """Settings of stage two: new heads on a frozen backbone, classes drawn alike.
 
-    Defaults: those of methods that made cRT work on CIFAR-LT (10 epochs, learning rate 0.1 with a cosine to 0, weight
-    decay 5e-4, head drawn from N(0, 0.01), backbone in eval mode). No collapse terms, weights or mixup.
+    Defaults: those of methods that made cRT work on CIFAR-LT (10 epochs of batches of 128, learning rate 0.1 with a
+    cosine to 0, weight decay 5e-4, head drawn from N(0, 0.01), backbone in eval mode). No collapse terms, weights or
+    mixup. The learning rate belongs to 128 images an update, over all processes: with fewer, lower it as much.
 
     Of `heads`, `crt` (a new linear layer) and `lws` (a factor for each class on stage one's logits) are trained, both
     Kang et al. 2020; `tau_norm` and `ncm` (same source; distances are those of the features as they are, there of unit
@@ -30,7 +31,8 @@ class RetrainingArguments(NCTrainingArguments):
     """
 
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs of re-training."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images a batch on each device."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Initial learning rate, for 128 images an update."})
     optim: str = field(default="sgd", metadata={"help": "Optimizer."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of the head."})
     decay_all_parameters: bool = field(default=True, metadata={"help": "Weight decay on the bias too."})
@@ -111,6 +113,13 @@ class RetrainingArguments(NCTrainingArguments):
             )
         super().__post_init__()
 
+    @property
+    def goes_on_from_stage_one(self) -> list[str]:
+        """The settings that go on from stage one's head, such as `"heads: lws"`."""
+        reused = [f"heads: {name}" for name in self.heads if name in ("lws", "tau_norm", "logit_adjusted")]
+        reused += ["head_init: keep"] if "crt" in self.heads and self.head_init == "keep" else []
+        return reused + ["match_base_norm"] * self.match_base_norm
+
     def _check_heads(self) -> None:
         unknown = [name for name in self.heads if name not in HeadName.__args__]
         if unknown or not self.heads or len(set(self.heads)) < len(self.heads):
@@ -121,7 +130,7 @@ class RetrainingArguments(NCTrainingArguments):
 
 
 def check_stages(stage1: NCTrainingArguments, stage2: RetrainingArguments, has_validation: bool) -> None:
-    """Refuse to adjust logits by the whole prior in stage two where stage one has allowed for it already.
+    """Refuse a stage two that cannot follow stage one.
 
     Args:
         stage1: of a recipe.
@@ -129,8 +138,14 @@ def check_stages(stage1: NCTrainingArguments, stage2: RetrainingArguments, has_v
         has_validation: whether there are images to choose tau on, which may then be anything from 0.
 
     Raises:
-        ValueError: for `logit_adjusted` after a stage one that corrects the prior, where nothing chooses a tau but 1.
+        ValueError: for heads that go on from stage one's where that was not trained, and for `logit_adjusted` after a
+            stage one that corrects the prior, where nothing chooses a tau but 1.
     """
+    if stage1.objective == "contrastive" and stage2.goes_on_from_stage_one:
+        raise ValueError(
+            f"`{stage2.goes_on_from_stage_one[0]}` goes on from stage one's head, which `stage1.objective: "
+            "contrastive` does not train. Use crt with head_init: new, ncm or least_squares."
+        )
     by = {"class_weighting": stage1.class_weighting != "none", "sampler": stage1.sampler in CORRECTING}
     by["loss"] = stage1.loss in PRIOR_LOSSES
     corrected = [name for name, corrects in by.items() if corrects]

@@ -114,6 +114,7 @@ def test_a_foreign_config_cannot_name_another_source_as_backbone(tmp_path):
         ({"loss": "dot_regression", "class_weighting": "inverse"}, "would correct twice"),
         ({"loss": "lade", "class_weighting": "inverse"}, "would correct twice"),
         ({"sampler": "class_balanced", "class_weighting": "inverse"}, "prior would be corrected twice"),
+        ({"sampler": "progressive", "class_weighting": "inverse"}, "prior would be corrected twice"),
     ],
 )
 def test_two_corrections_of_the_prior_are_refused(tmp_path, settings, message):
@@ -135,6 +136,24 @@ def test_a_whole_prior_is_not_taken_off_twice(tmp_path):
         check_stages(bilateral, stage2, has_validation=False)
     stage2.tau = 0.5
     check_stages(weighted, stage2, has_validation=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"heads": ["crt", "lws"]}, "heads: lws"),
+        ({"heads": ["tau_norm"], "tau": 1.0}, "heads: tau_norm"),
+        ({"heads": ["logit_adjusted"], "tau": 1.0}, "heads: logit_adjusted"),
+        ({"head_init": "keep"}, "head_init: keep"),
+        ({"match_base_norm": True}, "match_base_norm"),
+    ],
+)
+def test_a_head_that_contrastive_training_leaves_untrained_is_not_gone_on_from(tmp_path, settings, name):
+    own = {"objective": "contrastive", "sampler": "two_views", "objective_settings": {"method": "fcl"}}
+    stage1 = NCTrainingArguments(output_dir=str(tmp_path), **own)
+    check_stages(stage1, RetrainingArguments(output_dir=str(tmp_path), heads=["crt", "ncm"]), has_validation=False)
+    with pytest.raises(ValueError, match=f"`{name}` goes on from stage one's head, which"):
+        check_stages(stage1, RetrainingArguments(output_dir=str(tmp_path), **settings), has_validation=False)
 
 
 def test_softmax_losses_on_an_etf_head_are_refused(tmp_path):

@@ -66,6 +66,17 @@ def test_only_the_head_moves(trained, images, tmp_path, features):
     assert trainer.classifier is model
 
 
+@pytest.mark.parametrize("heads", [["crt"], ["lws"], ["ncm"]])
+def test_what_was_trained_before_can_be_trained_afterwards(trained, images, tmp_path, heads):
+    model = copy.deepcopy(trained)
+    model.conv1.weight.requires_grad_(False)
+    retrain_classifier(model, images, arguments(tmp_path, num_train_epochs=1, heads=heads))
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    NCTrainer(model, training_arguments(tmp_path, max_steps=1, learning_rate=0.1), train_dataset=images).train()
+    assert not torch.equal(model.bn1.weight, trained.bn1.weight)
+    assert torch.equal(model.conv1.weight, trained.conv1.weight)
+
+
 def test_a_step_that_moves_the_backbone_is_noticed(trained, images, tmp_path):
     model = copy.deepcopy(trained)
 

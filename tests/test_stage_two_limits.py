@@ -87,13 +87,25 @@ def test_heads_that_need_a_bias_are_refused_before_any_is_trained(tmp_path, name
     assert not steps
 
 
+@pytest.mark.parametrize("name", ["tau_norm", "logit_adjusted"])
+def test_several_evaluation_sets_cannot_choose_one_tau(tmp_path, name):
+    model, sets = network_without_batch_statistics(), {"near": SmallImages(seed=1), "far": SmallImages(seed=2)}
+    before = model.head.weight.clone()
+    with pytest.raises(ValueError, match="chosen on one evaluation set, got near, far"):
+        args = arguments(tmp_path, heads=["crt", name])
+        retrain_classifier(model, SmallImages(), args, head="head", eval_dataset=sets)
+    assert torch.equal(model.head.weight, before)
+    args = arguments(tmp_path, heads=["crt", name], tau=1.0)
+    assert name in retrain_classifier(model, SmallImages(), args, head="head", eval_dataset=sets).heads
+
+
 def test_experts_have_no_stage_two(tmp_path):
     model = timm.create_model("resnet32_ride_cifar", num_classes=4)
     with pytest.raises(ValueError, match=r"cannot replace ExpertsHead by a linear head.*\(stage2: null\)"):
         check_heads(model.fc, arguments(tmp_path))
 
 
-def test_cached_features_leave_the_hub_and_the_first_evaluation_alone(tmp_path, monkeypatch):
+def test_cached_features_leave_the_hub_and_the_first_evaluation_alone(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(saving_trainer, "check_access", lambda name, **_: name)
     monkeypatch.setattr(saving_trainer, "push_folder", lambda *_, **__: pytest.fail("pushed a head alone"))
     model = timm.create_model("resnet20_cifar", num_classes=4)
@@ -103,6 +115,7 @@ def test_cached_features_leave_the_hub_and_the_first_evaluation_alone(tmp_path, 
     trainer = retrain_classifier(model, SmallImages(size=32), args, eval_dataset=SmallImages(size=32, seed=1))
     assert not torch.equal(model.fc.weight, before)
     assert trainer.args.push_to_hub  # the whole classifier still can be
+    assert "neither a timm model nor" not in caplog.text
 
 
 def test_classes_are_compared_by_their_number_whatever_the_order_of_the_config(tmp_path):

@@ -244,3 +244,12 @@ def test_what_the_terms_cannot_do_is_said(tmp_path, caplog):
     assert caplog.text.count("with two classes L_B is constant") == 1
     assert caplog.text.count("30 classes on 8 features: class means get at most 90.0 degrees apart") == 1
     assert caplog.text.count("sees the classes of 8 images alone, of 30 classes; `ema` sees all") == 1
+
+
+def test_terms_on_a_backbone_frozen_by_hand_are_said_to_do_nothing(tmp_path, caplog):
+    network, args = network_without_batch_statistics(), NCTrainingArguments(str(tmp_path), report_to="none")
+    NCTrainer(network, args, class_counts=[5] * 4, head="head")
+    assert "nothing to move" not in caplog.text
+    network.requires_grad_(False).head.requires_grad_(True)
+    NCTrainer(network, args, class_counts=[5] * 4, head="head")
+    assert caplog.text.count("no weight of the backbone requires a gradient, so the collapse terms have nothing") == 1
