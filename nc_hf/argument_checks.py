@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 NOT_NEGATIVE = (
     *("within_weight", "between_weight", "start_epoch"),
-    *("mixup_alpha", "cutmix_alpha", "warmup_epochs", "momentum"),
+    *("mixup_alpha", "cutmix_alpha", "warmup_epochs", "momentum", "centers_learning_rate"),
 )
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
@@ -51,6 +51,11 @@ def check_schedule(args: NCTrainingArguments) -> None:
         raise ValueError(
             f"`drw_epoch` is {args.drw_epoch} but `class_weighting` is none: nothing would be deferred. "
             "Set class_weighting: effective_number, or leave drw_epoch out."
+        )
+    if not (math.isfinite(args.lr_decay) and args.lr_decay >= 0) or any(not m >= 0 for m in args.lr_milestones or []):
+        raise ValueError(
+            f"`lr_decay` and `lr_milestones` must be at least 0, got {args.lr_decay} and {args.lr_milestones}. The "
+            "learning rate is multiplied by the first at each epoch of the second."
         )
     if args.lr_milestones and args.lr_cosine:
         raise ValueError("`lr_milestones` and `lr_cosine` are two schedules; set one of them.")

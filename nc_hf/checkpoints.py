@@ -46,7 +46,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_resume(folder: Path, run: dict[str, Any], same_run: bool) -> None:
-    """Refuse to go on from a checkpoint of other data or another number of updates an epoch.
+    """Refuse to go on from a checkpoint of other data or another number of updates an epoch, or of weights alone.
 
     Args:
         folder: of the checkpoint. One that says nothing of its run, as those of a plain `Trainer`, is not compared.
@@ -55,12 +55,18 @@ def check_resume(folder: Path, run: dict[str, Any], same_run: bool) -> None:
         same_run: name what else differs in a warning; a branch differs on purpose.
 
     Raises:
-        ValueError: when class counts or updates an epoch differ.
+        ValueError: when class counts or updates an epoch differ, and for one that `save_only_model` left without the
+            state of optimizer and schedule.
     """
     marker = folder / MARKER
     before = json.loads(marker.read_text()).get("run") if marker.is_file() else None
     if before is None:
         return
+    if before["arguments"].get("save_only_model"):
+        raise ValueError(
+            f"{folder} was saved with save_only_model, without optimizer and schedule, which would begin anew. Leave "
+            "save_only_model out and give another output_dir to start afresh."
+        )
     if _differ(before, run, "class_counts"):
         raise ValueError(
             f"{folder} was trained on images of the class counts {_short(before['class_counts'])}, and these are "
@@ -134,19 +140,20 @@ def check_names(folder: Path, expected: Iterable[str]) -> None:
         )
 
 
-def check_disk_space(folder: Path, model: nn.Module, kept: int) -> None:
+def check_disk_space(folder: Path, model: nn.Module, kept: int, *, weights_only: bool = False) -> None:
     """Make sure that checkpoints will fit on the disk, before the first of them is due.
 
     Args:
         folder: existing, where they go; those that lie there already need no more room.
         model: to be trained.
         kept: checkpoints kept at a time; one more lies beside them while it is written.
+        weights_only: they have no state of the optimizer.
 
     Raises:
         OSError: when less is free than weights and two numbers of the optimizer a trained weight take.
     """
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trained = 0 if weights_only else sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     there = sum(path.stat().st_size for path in folder.glob("checkpoint-*/*") if path.is_file())
     needed, free = (weights + 2 * trained) * (kept + 1) - there, shutil.disk_usage(folder).free
     if free < needed:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nc_hf.evaluation import geometry_of
+from nc_hf.random_state import unmoved_random_state
 from nc_hf.trainer import NCTrainer
 
 
@@ -49,8 +49,8 @@ class CollapseCallback(TrainerCallback):
         if epoch % self.every and state.global_step < state.max_steps:
             return
         dataset = self.trainer.train_dataset if self.dataset is None else self.dataset
-        # A data loader draws a seed, which would shift every later draw of the run.
-        with torch.random.fork_rng(devices=[]), self.trainer.keeping_features():
+        # A data loader draws a seed, which would shift every later draw of the run, and images may draw more.
+        with unmoved_random_state(), self.trainer.keeping_features():
             means = self.trainer.class_means(dataset)
             geometry = geometry_of(self.trainer, dataset, means)
         should_log = control.should_log

@@ -58,6 +58,17 @@ def write_card(folder: str | Path, repo_id: str | None = None, **metadata: Any) 
     return readme
 
 
+def card_metadata(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a card from keywords of `Trainer.create_model_card`, without those that the card has of the run."""
+    names = {"finetuned_from": "base_model", "dataset": "datasets", "dataset_tags": "datasets"}
+    of_the_run = ("model_name", "tasks", "dataset_args")
+    return {
+        names.get(name, name): value
+        for name, value in keywords.items()
+        if value is not None and name not in of_the_run
+    }
+
+
 def renewed_card(folder: Path, repo_id: str | None, metadata: Mapping[str, Any] | None = None) -> str:
     """The README that a folder has, with our block and our metadata as its other files have them now.
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from nc_hf.collation import Collator, collate
+from nc_hf.random_state import unmoved_random_state
 from nc_hf.training_args import PAIRED, NCTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -32,9 +30,16 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for a loss function beside ours, several GPUs in one process, another number of processes than
             expected, a draw beside `sampler`, part of an image set, a stream with settings that need its labels or
-            length, an optimizer made without the centers, batches that `accelerate` hands out in ways that do not
-            resume or cannot be gathered, or metrics of predictions that are not joined.
+            length, an optimizer made without the centers, a schedule beside ours, batches that `accelerate` hands
+            out in ways that do not resume or cannot be gathered, metrics of predictions that are not joined,
+            evaluation in half precision throughout, or weights that a tracker would upload by itself.
+        TypeError: for arguments of plain `Trainer`.
     """
+    if not isinstance(args, NCTrainingArguments):
+        raise TypeError(
+            f"NCTrainer takes NCTrainingArguments, got {type(args).__name__}. They have all of its fields: write the "
+            "other name."
+        )
     if given.get("compute_loss_func") is not None:
         raise ValueError("`compute_loss_func` would replace the loss of NCTrainer; use `loss`, or plain Trainer.")
     if args.n_gpu > 1:
@@ -49,6 +54,8 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
             f"`train_sampling_strategy: {args.train_sampling_strategy}` would be ignored: NCTrainer draws images by "
             "`sampler`. Leave it at random."
         )
+    _check_evaluation(args, given)
+    _check_trackers(args)
     dataset = given.get("train_dataset")
     if isinstance(dataset, IterableDataset):
         _check_stream(args, dataset)
@@ -60,16 +67,38 @@ def check_trainer(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
             "the data before load_images: by validation_fraction of load_splits, train_test_split or "
             "datasets.concatenate_datasets."
         )
+    optimizer, scheduler = given.get("optimizers") or (None, None)
+    scheduled = [name for name in ("lr_milestones", "lr_cosine", "warmup_epochs") if getattr(args, name)]
+    if scheduler is not None and scheduled:
+        raise ValueError(
+            f"`{scheduled[0]}` would be ignored beside the scheduler of `optimizers`. Leave one of them out."
+        )
+    if (optimizer or given.get("optimizer_cls_and_kwargs")) and args.centers == "learned" and args.collapse_enabled:
+        raise ValueError(
+            "`centers: learned` are trained in a group of the optimizer that NCTrainer makes, which yours replaces. "
+            "Use `centers: ema`, which needs no optimizer, or leave the optimizer to `optim`."
+        )
+
+
+def _check_evaluation(args: NCTrainingArguments, given: Mapping[str, Any]) -> None:
     if given.get("compute_metrics") is not None and not (args.eval_do_concat_batches or args.batch_eval_metrics):
         raise ValueError(
             "`eval_do_concat_batches: False` would hand lists of batches to compute_metrics, where that of "
             "compute_metrics_for takes arrays of all predictions. Leave it at True, or compute_metrics out."
         )
-    own_optimizer = (given.get("optimizers") or (None, None))[0] or given.get("optimizer_cls_and_kwargs")
-    if own_optimizer and args.centers == "learned" and args.collapse_enabled:
+    if args.bf16_full_eval or args.fp16_full_eval:
         raise ValueError(
-            "`centers: learned` are trained in a group of the optimizer that NCTrainer makes, which yours replaces. "
-            "Use `centers: ema`, which needs no optimizer, or leave the optimizer to `optim`."
+            "`bf16_full_eval` and `fp16_full_eval` would cast the weights and not the images. Leave them out: "
+            f"evaluation runs at `precision` ({args.precision}) already."
+        )
+
+
+def _check_trackers(args: NCTrainingArguments) -> None:
+    log_model = os.environ.get("WANDB_LOG_MODEL", "false")
+    if "wandb" in args.report_to and log_model.lower() not in ("false", "0"):
+        raise ValueError(
+            f"WANDB_LOG_MODEL is {log_model!r}, and would upload what is trained with its class centers, which "
+            "nothing opens. Unset it, and log the folder of save_model as an artifact instead."
         )
 
 
@@ -182,23 +211,10 @@ def _first_rows(dataset: Any) -> Any:
     try:
         if len(dataset) == 0:
             return None
-        with _unmoved_random_state():
+        with unmoved_random_state():
             return dataset.__getitems__([0]) if getattr(dataset, "__getitems__", None) else [dataset[0]]
     except Exception:  # the training meets it in its own place, with the index that it asks for
         return None
-
-
-@contextmanager
-def _unmoved_random_state() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch back as they were."""
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _described(sample: Any) -> str:

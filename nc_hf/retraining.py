@@ -140,12 +140,13 @@ def retrain_classifier(
         tau of each head that has one.
 
     Raises:
-        ValueError: as `NCTrainer` and `check_heads`, and for several evaluation sets where one must choose a tau.
+        ValueError: as `NCTrainer` and `check_heads`; for several evaluation sets where one must choose a tau, and for
+            `optimizers` of a head whose copy is trained.
         RuntimeError: should the backbone have changed.
     """
     head_name, layer = find_head(model, head=head)
     check_heads(layer, args)
-    _check_evaluation_set(args, kwargs.get("eval_dataset"))
+    _check_given(args, kwargs)
     stage_one = stage_one_state(layer) if isinstance(layer, LINEAR) else None
     if not isinstance(layer, LINEAR):
         layer = replace_head(model, "linear")
@@ -214,11 +215,14 @@ def check_heads(layer: nn.Module, args: RetrainingArguments) -> None:
         )
 
 
-def _check_evaluation_set(args: RetrainingArguments, eval_dataset: Any) -> None:
+def _check_given(args: RetrainingArguments, given: dict[str, Any]) -> None:
     chooses = args.tau is None and any(name in args.heads for name in ("tau_norm", "logit_adjusted"))
-    if chooses and isinstance(eval_dataset, dict):
+    if chooses and isinstance(sets := given.get("eval_dataset"), dict):
+        raise ValueError(f"tau is chosen on one evaluation set, got {', '.join(sets)}. Give one of them, or set tau.")
+    if args.features == "cached" and any(given.get("optimizers") or ()):
         raise ValueError(
-            f"tau is chosen on one evaluation set, got {', '.join(eval_dataset)}. Give one of them, or set tau."
+            "`optimizers` cannot train on `features: cached`, where a copy of the head is trained. Give "
+            "optimizer_cls_and_kwargs, or set features: images."
         )
 
 
@@ -267,7 +271,8 @@ def _train_head(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         trainer.finish_head()
     else:
-        make = partial(HeadTrainer, learns_scales=learns_scales)
+        optimizer = kwargs.get("optimizer_cls_and_kwargs")
+        make = partial(HeadTrainer, learns_scales=learns_scales, optimizer_cls_and_kwargs=optimizer)
         train_on_cached_features(trainer, make, layer, args, resume_from_checkpoint)
     return trainer
 

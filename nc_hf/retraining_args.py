@@ -41,7 +41,7 @@ class RetrainingArguments(NCTrainingArguments):
     sampler: SamplerName = field(default="class_balanced", metadata={"help": "Draw of training images."})
     within_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
     between_weight: float = field(default=0.0, metadata={"help": "No feature is trained in stage two."})
-    heads: list[HeadName] = field(
+    heads: list[str] = field(
         default_factory=lambda: ["crt"],
         metadata={"help": "New heads; all are saved by name, and the model gets the first."},
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from nc_hf.training_args import PAIRED
 
@@ -51,9 +52,9 @@ class RunLog(TrainerCallback):
         """Stop the clock."""
         seconds = time.perf_counter() - self._epoch_started
         images = (state.global_step - self._first_step) * (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+            state.train_batch_size * args.gradient_accumulation_steps * args.world_size
         )
-        if loader := kwargs.get("train_dataloader"):
+        if has_length(loader := kwargs.get("train_dataloader")):
             pairs = getattr(args, "sampler", None) in PAIRED.values()  # an epoch draws two images for each
             images = min(images, (2 if pairs else 1) * len(loader.dataset))
         self.train_seconds, self.train_images = self.train_seconds + seconds, self.train_images + images

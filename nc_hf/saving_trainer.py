@@ -26,7 +26,7 @@ from nc_hf.checkpoints import (
 )
 from nc_hf.hub import label_names_of, save_pretrained
 from nc_hf.interruption import SaveOnSignal
-from nc_hf.model_card import ACCURACIES, write_card
+from nc_hf.model_card import ACCURACIES, card_metadata, write_card
 from nc_hf.models.saved_heads import forget_stage_one
 from nc_hf.processes import share_buffers
 from nc_hf.publishing import PushError, check_access, check_folder, push_folder
@@ -63,7 +63,7 @@ class SavingTrainer(Trainer):
 
     # ---- Checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
         """As in `Trainer`; `resume_from_checkpoint=True` takes the newest complete checkpoint of this run.
 
         Where there is none, it takes the one that the arguments name, or starts afresh.
@@ -72,12 +72,10 @@ class SavingTrainer(Trainer):
             resume_from_checkpoint = newest_complete(self.args.output_dir) or self.args.resume_from_checkpoint
             logger.info("resuming from %s", resume_from_checkpoint or "nothing: no complete checkpoint yet")
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if not self.task.freeze_backbone:
-            forget_stage_one(self.task.head)
-        if kwargs.get("trial") is not None:  # `Trainer` makes the model before it sets the arguments of the trial
-            self._hp_search_setup(kwargs["trial"])
+        if trial is not None:  # `Trainer` makes the model before it sets the arguments of the trial
+            self._hp_search_setup(trial)
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, SaveOnSignal):
@@ -131,12 +129,15 @@ class SavingTrainer(Trainer):
             ValueError: as `check_resume`.
             OSError: as `check_disk_space`.
         """
+        if not self.task.freeze_backbone:
+            forget_stage_one(self.task.head)
         values = super().set_initial_training_values(args, dataloader)
         self.num_epochs, self.updates_per_epoch = values[0], values[1]
         self._counts_epochs = has_length(dataloader)
         if args.save_strategy != SaveStrategy.NO and args.should_save:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            check_disk_space(Path(args.output_dir), self.task, args.save_total_limit or 1)
+            kept, weights_only = args.save_total_limit or 1, args.save_only_model
+            check_disk_space(Path(args.output_dir), self.task, kept, weights_only=weights_only)
         if self._resumed is not None:
             same_run = self._resumed.resolve().parent == Path(args.output_dir).resolve()
             check_resume(self._resumed, self._run_facts(), same_run)
@@ -211,19 +212,22 @@ class SavingTrainer(Trainer):
             self.hub_model_id = check_access(name, token=token or self.args.hub_token)
 
     def create_model_card(self, **metadata: Any) -> None:
-        """Write our card into the folder that is pushed; a README in the output folder is left alone.
+        """Write the model with our card into the folder that is pushed; a README in the output folder is left alone.
 
         Args:
-            **metadata: entries of the card's metadata, such as `license`, `language` and `tags`.
+            **metadata: entries of the card's metadata, such as `license`, `language` and `tags`. Of `Trainer`'s own,
+                `finetuned_from` becomes `base_model` and `dataset` or `dataset_tags` becomes `datasets`; the card has
+                the others from the run.
         """
         if self.is_world_process_zero():
             folder = self._hub_folder()
+            self.export(str(folder))
             dataset = {"class_names": self.task_label_names()}
             if self.class_counts is not None:
                 dataset["class_counts"] = self.class_counts.tolist()
             results = {"dataset": dataset, "seed": self.args.seed, **self._last_evaluation(), **environment()}
             write_results(folder / "results.json", results)
-            write_card(folder, self.hub_model_id, **metadata)
+            write_card(folder, getattr(self, "hub_model_id", None), **card_metadata(metadata))
 
     def task_label_names(self) -> list[str]:
         """The K names of the classes: those given, those of the model, or numbers."""
@@ -280,7 +284,6 @@ class SavingTrainer(Trainer):
             return None
         self._finish_current_push()
         place = {"private": private, "revision": revision, "create_pr": kwargs.pop("create_pr", False)}
-        kwargs.pop("model_name", None)
         push = self._start_push(commit_message, kwargs, token=token, **place)
         if blocking:
             return push.result()
@@ -316,7 +319,6 @@ class SavingTrainer(Trainer):
 
         The doors are opened in this one: from another, they would draw random numbers of the training beside them.
         """
-        self.export(str(self._hub_folder()))
         self.create_model_card(**(metadata or {}))
         defaults = {"private": self.args.hub_private_repo, "revision": self.args.hub_revision}
         place = defaults | {name: value for name, value in place.items() if value is not None}

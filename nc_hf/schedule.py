@@ -36,18 +36,19 @@ def learning_rate_factor(args: NCTrainingArguments, num_epochs: float) -> Callab
     return factor
 
 
-def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_epoch: int) -> str:
+def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_epoch: int, batch_size: int) -> str:
     """One line on batch, precision, and the epochs at which something changes.
 
     Args:
         args: of the run.
         num_epochs: of the run.
         updates_per_epoch: optimizer steps an epoch.
+        batch_size: images a batch on each process, which `auto_find_batch_size` may have lowered.
     """
-    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    batch = batch_size * args.world_size * args.gradient_accumulation_steps
     parts = [
         f"learning rate {args.learning_rate:g}",
-        f"global batch {batch} = {args.per_device_train_batch_size} x {args.world_size} process(es) x "
+        f"global batch {batch} = {batch_size} x {args.world_size} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated",
         f"{args.max_steps} updates" if args.max_steps > 0 else f"{num_epochs:g} epochs of {updates_per_epoch} updates",
         f"precision {args.precision}{', channels last' if args.channels_last else ''}",

@@ -255,10 +255,11 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
             ValueError: as `check_data`.
         """
         check_data(args, dataloader, self.eval_dataset, self.data_collator)
+        self._terms.clear()  # of an earlier training
         values = super().set_initial_training_values(args, dataloader)
         if args.max_steps > 0:
             args.warn_about_late_epochs(self.num_epochs)
-        logger.info("%s", describe_schedule(args, self.num_epochs, self.updates_per_epoch))
+        logger.info("%s", describe_schedule(args, self.num_epochs, self.updates_per_epoch, self._train_batch_size))
         return values
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:

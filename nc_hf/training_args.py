@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import dataclass, field
@@ -119,11 +120,11 @@ class NCTrainingArguments(TrainingArguments):
             "network."
         },
     )
-    objective_settings: dict[str, Any] = field(
+    objective_settings: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Of the objective: see ContrastiveSettings and ExpertsTask."}
     )
     loss: str = field(default="ce", metadata={"help": f"Supervised loss: {', '.join(SUPERVISED_LOSSES)}."})
-    loss_settings: dict[str, Any] = field(
+    loss_settings: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Of the loss, by name, such as gamma of focal."}
     )
     loss_counts: Literal["batch", "train", "none"] | None = field(
@@ -190,7 +191,7 @@ class NCTrainingArguments(TrainingArguments):
     )
     channels_last: bool | None = field(
         default=None,
-        metadata={"help": "Memory format of convolutions; None chooses: on with bf16 or fp16, and on a CPU."},
+        metadata={"help": "Memory format of convolutions; None chooses: on with bf16 or fp16, and on a CPU.", **FLAG},
     )
     expected_processes: int | None = field(
         default=None, metadata={"help": "Refuse to start with another number of processes."}
@@ -202,6 +203,7 @@ class NCTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the new settings before any device is touched."""
+        self._read_settings()
         self._check()
         # Launched on a machine without an accelerator, each process would else think that it is alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -211,6 +213,16 @@ class NCTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is no faster copy to prepare for
         if self.max_steps <= 0:
             self.warn_about_late_epochs(self.num_train_epochs)
+
+    def _read_settings(self) -> None:
+        """Settings by name are JSON on a command line of HfArgumentParser."""
+        for name in ("objective_settings", "loss_settings"):
+            given = getattr(self, name) or {}
+            try:
+                setattr(self, name, dict(json.loads(given) if isinstance(given, str) else given))
+            except (TypeError, ValueError) as error:
+                message = f'`{name}` must be settings by name, such as {{"gamma": 2}}, got {given!r}.'
+                raise ValueError(message) from error
 
     def _check(self) -> None:
         check_ranges(self)

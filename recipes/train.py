@@ -262,7 +262,8 @@ def train_stage(
         wall["branched_at_epoch"] = int(Path(branch).name.rpartition("-")[2]) / trainer.updates_per_epoch
     if args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         wall["best_epoch"] = trainer.state.best_global_step / trainer.updates_per_epoch
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    size = trainer.state.train_batch_size or args.per_device_train_batch_size  # as auto_find_batch_size may have it
+    batch = size * args.gradient_accumulation_steps * args.world_size
     return trainer, wall | speed | {"batch": batch, "processes": args.world_size}
 
 

@@ -257,8 +257,8 @@ def test_precision_and_memory_format_are_chosen_and_logged(tmp_path):
     assert NCTrainingArguments(output_dir=str(tmp_path), bf16=True).precision == "bf16"
     slow = NCTrainingArguments(output_dir=str(tmp_path), precision="fp32", channels_last=False)
     assert (slow.bf16, slow.fp16, slow.channels_last) == (False, False, False)
-    assert "precision fp32;" in describe_schedule(slow, 1, 1)
-    assert ("channels last" in describe_schedule(fast, 1, 1)) == fast.channels_last
+    assert "precision fp32;" in describe_schedule(slow, 1, 1, 8)
+    assert ("channels last" in describe_schedule(fast, 1, 1, 8)) == fast.channels_last
 
 
 @pytest.mark.parametrize(("instructions", "precision"), [({"avx512_bf16": True}, "bf16"), ({}, "fp32")])

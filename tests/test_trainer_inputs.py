@@ -58,6 +58,7 @@ def test_a_trial_is_trained_with_its_own_settings(tmp_path, monkeypatch):
     for number, weight in enumerate((0.25, 0.5)):
         one.train(trial=SimpleNamespace(number=number, params={"within_weight": weight}))
         assert one.task.collapse.within_weight == one.args.within_weight == weight
+        one.model = one.model_wrapped = None  # as `hyperparameter_search` frees memory between trials
 
 
 def test_a_frozen_backbone_keeps_its_weights(tmp_path):
