@@ -1,9 +1,13 @@
-"""What `NCTrainingArguments` refuses: values out of range, and settings of schedule and centers that do not fit."""
+"""What `NCTrainingArguments` refuses: values out of range, and settings that contradict or cannot act together."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+
+from transformers.trainer_utils import HubStrategy
+
+from nc_hf.losses.classification import SUPERVISED_LOSSES
 
 if TYPE_CHECKING:
     from nc_hf.training_args import NCTrainingArguments
@@ -12,6 +16,10 @@ NOT_NEGATIVE = (
     *("within_weight", "between_weight", "start_epoch"),
     *("mixup_alpha", "cutmix_alpha", "warmup_epochs", "momentum", "centers_learning_rate"),
 )
+PAIRED = {"contrastive": "two_views", "bilateral": "bilateral"}  # objectives on pairs, and the sampler that makes them
+# What allows for the class counts by itself, and samplers that level them.
+PRIOR_LOSSES = ("balanced_softmax", "arb", "logit_adjustment", "lade")
+LEVELLING_SAMPLERS = ("class_balanced", "effective_number", "class_aware", "progressive", "reversed")
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
@@ -39,6 +47,57 @@ def check_ranges(args: NCTrainingArguments) -> None:
             f"`neftune_noise_alpha` is {args.neftune_noise_alpha}, and adds noise to the token embeddings of language "
             "models, which image classifiers do not have. Leave it out."
         )
+
+
+def check_objective(args: NCTrainingArguments) -> None:
+    """Refuse settings that an objective goes without, with ValueError."""
+    for objective, sampler in PAIRED.items():
+        if (args.objective == objective) != (args.sampler == sampler):
+            raise ValueError(
+                f"`objective: {objective}` and `sampler: {sampler}` go together, since its batches are pairs; got "
+                f"`objective: {args.objective}` with `sampler: {args.sampler}`."
+            )
+    if args.objective in PAIRED:
+        if args.per_device_train_batch_size % 2:
+            raise ValueError(
+                f"`objective: {args.objective}` needs an even per_device_train_batch_size, which counts both "
+                f"images of a pair, got {args.per_device_train_batch_size}."
+            )
+        off = {"mixup_alpha": 0, "cutmix_alpha": 0, "class_weighting": "none"}
+        if args.objective == "contrastive":  # nothing is classified
+            off |= {"loss": "ce", "label_smoothing_factor": 0, "within_counts": "batch"}
+            off |= {"load_best_model_at_end": False}  # by an untrained head
+        for name, value in off.items():
+            if getattr(args, name) != value:
+                raise ValueError(f"`objective: {args.objective}` goes without `{name}`: set it to {value}.")
+    if args.objective in ("classification", "bilateral") and args.objective_settings:
+        raise ValueError(f"`objective: {args.objective}` has no settings, got {args.objective_settings}.")
+
+
+def check_corrections(args: NCTrainingArguments) -> None:
+    """Refuse to correct the prior of the classes twice, with ValueError."""
+    if args.class_weighting != "none" and args.sampler in LEVELLING_SAMPLERS:
+        raise ValueError(
+            f"`sampler: {args.sampler}` draws rare classes more often, and `class_weighting: "
+            f"{args.class_weighting}` weighs them more: the prior would be corrected twice. Set sampler: "
+            "instance, or class_weighting: none."
+        )
+    counts = args.loss_counts or SUPERVISED_LOSSES[args.loss].counts[0]
+    if args.loss in (*PRIOR_LOSSES, "dot_regression") and counts != "none":
+        if args.class_weighting != "none":
+            raise ValueError(
+                f"`loss: {args.loss}` allows for the class counts itself; class_weighting: {args.class_weighting} "
+                "would correct twice. Set it to none."
+            )
+        if counts == "batch" and args.objective == "bilateral":
+            raise ValueError(
+                f"`loss: {args.loss}` would count the uniform half of each batch alone. Set loss: ce, as BBN."
+            )
+        if counts == "train" and args.sampler != "instance":
+            raise ValueError(
+                f"`loss: {args.loss}` allows for the class counts of the training set, which sampler: "
+                f"{args.sampler} has levelled already. Set sampler: instance."
+            )
 
 
 def check_schedule(args: NCTrainingArguments) -> None:
@@ -95,3 +154,13 @@ def check_centers(args: NCTrainingArguments) -> None:
                 f"`centers: learned` are trained by plain SGD and `optim` is {str(args.optim)!r}. "
                 "Set optim: sgd, or use `centers: ema`, which needs no optimizer."
             )
+
+
+def check_hub_strategy(args: NCTrainingArguments) -> None:
+    """Refuse uploads that need pickle to load, with ValueError."""
+    uploads_checkpoints = HubStrategy(args.hub_strategy) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    if args.push_to_hub and uploads_checkpoints:
+        raise ValueError(
+            f"`hub_strategy: {args.hub_strategy}` would upload checkpoints, which need pickle to load. "
+            "Use every_save or end; checkpoints stay in the output folder."
+        )

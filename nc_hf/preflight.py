@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import IntervalStrategy, has_length
 
+from nc_hf.argument_checks import PAIRED
 from nc_hf.collation import Collator, collate
 from nc_hf.random_state import unmoved_random_state
-from nc_hf.training_args import PAIRED, NCTrainingArguments
+from nc_hf.training_args import NCTrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nc_hf.argument_checks import LEVELLING_SAMPLERS, PRIOR_LOSSES
 from nc_hf.sampling import SamplerName
-from nc_hf.training_args import LEVELLING_SAMPLERS, PRIOR_LOSSES, NCTrainingArguments
+from nc_hf.training_args import NCTrainingArguments
 
 HeadName = Literal["crt", "lws", "tau_norm", "ncm", "least_squares", "logit_adjusted"]
 TRAINED_HEADS = ("crt", "lws")  # the others are computed

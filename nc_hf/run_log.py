@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from nc_hf.training_args import PAIRED
+from nc_hf.argument_checks import PAIRED
 
 logger = logging.getLogger(__name__)
 

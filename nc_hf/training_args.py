@@ -10,9 +10,15 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
-from nc_hf.argument_checks import check_centers, check_ranges, check_schedule
+from nc_hf.argument_checks import (
+    check_centers,
+    check_corrections,
+    check_hub_strategy,
+    check_objective,
+    check_ranges,
+    check_schedule,
+)
 from nc_hf.losses.classification import SUPERVISED_LOSSES, loss_entry
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
 from nc_hf.precision import Precision, check_precision, choose_precision
@@ -23,11 +29,7 @@ from nc_hf.sampling import SamplerName
 logger = logging.getLogger(__name__)
 
 Objective = Literal["classification", "contrastive", "experts", "bilateral"]
-PAIRED = {"contrastive": "two_views", "bilateral": "bilateral"}  # objectives on pairs, and the sampler that makes them
 FLAG = {"nargs": "?", "const": True}  # for HfArgumentParser: `--bf16` alone is true
-# What allows for the class counts by itself, and samplers that level them.
-PRIOR_LOSSES = ("balanced_softmax", "arb", "logit_adjustment", "lade")
-LEVELLING_SAMPLERS = ("class_balanced", "effective_number", "class_aware", "progressive", "reversed")
 
 
 def resolve_epoch(value: float, num_epochs: float) -> float:
@@ -228,66 +230,11 @@ class NCTrainingArguments(TrainingArguments):
         check_ranges(self)
         check_precision(self)
         loss_entry(self.loss, self.loss_settings)
-        self._check_objective()
-        self._check_corrections()
+        check_objective(self)
+        check_corrections(self)
         check_schedule(self)
         check_centers(self)
-        if self.push_to_hub and HubStrategy(self.hub_strategy) in (
-            HubStrategy.CHECKPOINT,
-            HubStrategy.ALL_CHECKPOINTS,
-        ):
-            raise ValueError(
-                f"`hub_strategy: {self.hub_strategy}` would upload checkpoints, which need pickle to load. "
-                "Use every_save or end; checkpoints stay in the output folder."
-            )
-
-    def _check_objective(self) -> None:
-        for objective, sampler in PAIRED.items():
-            if (self.objective == objective) != (self.sampler == sampler):
-                raise ValueError(
-                    f"`objective: {objective}` and `sampler: {sampler}` go together, since its batches are pairs; got "
-                    f"`objective: {self.objective}` with `sampler: {self.sampler}`."
-                )
-        if self.objective in PAIRED:
-            if self.per_device_train_batch_size % 2:
-                raise ValueError(
-                    f"`objective: {self.objective}` needs an even per_device_train_batch_size, which counts both "
-                    f"images of a pair, got {self.per_device_train_batch_size}."
-                )
-            off = {"mixup_alpha": 0, "cutmix_alpha": 0, "class_weighting": "none"}
-            if self.objective == "contrastive":  # nothing is classified
-                off |= {"loss": "ce", "label_smoothing_factor": 0, "within_counts": "batch"}
-                off |= {"load_best_model_at_end": False}  # by an untrained head
-            for name, value in off.items():
-                if getattr(self, name) != value:
-                    raise ValueError(f"`objective: {self.objective}` goes without `{name}`: set it to {value}.")
-        if self.objective in ("classification", "bilateral") and self.objective_settings:
-            raise ValueError(f"`objective: {self.objective}` has no settings, got {self.objective_settings}.")
-
-    def _check_corrections(self) -> None:
-        """One correction of the prior is enough."""
-        if self.class_weighting != "none" and self.sampler in LEVELLING_SAMPLERS:
-            raise ValueError(
-                f"`sampler: {self.sampler}` draws rare classes more often, and `class_weighting: "
-                f"{self.class_weighting}` weighs them more: the prior would be corrected twice. Set sampler: "
-                "instance, or class_weighting: none."
-            )
-        counts = self.loss_counts or SUPERVISED_LOSSES[self.loss].counts[0]
-        if self.loss in (*PRIOR_LOSSES, "dot_regression") and counts != "none":
-            if self.class_weighting != "none":
-                raise ValueError(
-                    f"`loss: {self.loss}` allows for the class counts itself; class_weighting: {self.class_weighting} "
-                    "would correct twice. Set it to none."
-                )
-            if counts == "batch" and self.objective == "bilateral":
-                raise ValueError(
-                    f"`loss: {self.loss}` would count the uniform half of each batch alone. Set loss: ce, as BBN."
-                )
-            if counts == "train" and self.sampler != "instance":
-                raise ValueError(
-                    f"`loss: {self.loss}` allows for the class counts of the training set, which sampler: "
-                    f"{self.sampler} has levelled already. Set sampler: instance."
-                )
+        check_hub_strategy(self)
 
     def _resolve_precision(self) -> None:
         self.precision = choose_precision(self, launched=self.mixed_precision)
