@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import logging
 import re
 from typing import Any
 
 from huggingface_hub import RepoCard
+
+logger = logging.getLogger(__name__)
 
 BEGIN, END = "<!-- nc_hf:begin -->", "<!-- nc_hf:end -->"
 OUR_BLOCK = re.compile(f"{BEGIN}.*?{END}", re.DOTALL)
@@ -36,7 +39,7 @@ def metadata_of(readme: str) -> dict[str, Any]:
 
 def _parsed(readme: str) -> RepoCard:
     try:
-        return RepoCard(readme)
+        return RepoCard(readme.removeprefix("\ufeff"))
     except Exception as error:  # of the YAML parser
         raise ValueError(f"the metadata of the README cannot be read ({error}). Mend it there.") from error
 
@@ -63,6 +66,8 @@ def merge_cards(ours: str, theirs: str) -> str:
     block = OUR_BLOCK.search(new.text)
     if not old.text.strip():
         old.text = new.text
+    elif BEGIN in old.text and OUR_BLOCK.search(old.text) is None:
+        logger.warning("the README has our mark %s without %s after it, so its text is left as it is", BEGIN, END)
     elif block is not None:
         old.text = OUR_BLOCK.sub(lambda _: block[0], old.text, count=1)
     return str(old)

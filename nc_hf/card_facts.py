@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from safetensors import safe_open
 
@@ -34,9 +35,9 @@ def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     known, counts = PROVENANCE.get(facts.get("name")), facts.get("class_counts")
     facts["source"] = known.title if known else escaped(facts["name"]) if facts.get("name") else None
     facts["name"] = facts.get("name") or "own images"
-    facts["title"] = facts["source"] or facts["name"]
-    if facts.get("imbalance_ratio"):
-        facts["title"] += f"-LT, imbalance ratio {facts['imbalance_ratio']:g}"
+    drawn = f"-LT, imbalance ratio {facts['imbalance_ratio']:g}" if facts.get("imbalance_ratio") else ""
+    facts["title"] = (facts["source"] or facts["name"]) + drawn
+    facts["plain_title"] = (known.title if known else facts["name"]) + drawn  # for YAML, which escapes in its own way
     facts |= {"hub_id": known.hub_id if known else None, "license": known.license if known else None}
     facts |= {"known": known is not None, "classes": len(facts["class_names"])}
     if found := DESCRIPTION.fullmatch(facts.get("description") or ""):
@@ -83,6 +84,22 @@ def input_size(folder: Path) -> tuple[int, int] | None:
     size = settings.get("crop_size") or settings.get("size") or {}
     height, width = (size.get(side) or size.get("shortest_edge") for side in ("height", "width"))
     return (height, width) if height and width else None
+
+
+def origin(recipe: str | None) -> str | None:
+    """What the network's weights started from: a Hub id, a folder's name, or an architecture of timm with its own.
+
+    Args:
+        recipe: YAML of the run; None where there is none.
+    """
+    model = (yaml.safe_load(recipe) if recipe else {}).get("model") or {}
+    name = re.sub("^(local-dir|hf-hub):", "", model.get("name") or "")
+    return name if name and (model.get("pretrained") or not timm.is_model(name)) else None
+
+
+def is_public(name: str) -> bool:
+    """Whether others can load weights of that name: a Hub id or an architecture of timm, and no folder."""
+    return name.count("/") == 1 or timm.is_model(name)
 
 
 def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any]]:

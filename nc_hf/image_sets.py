@@ -47,7 +47,12 @@ def image_sets(recipe: Recipe, splits: DatasetDict, settings: dict[str, Any]) ->
     transform = ImageTransform(**settings, augmentation=data.augmentation)
     for name, split in splits.items():
         images[name] = load_images(
-            split, transform, input_path=data.input_path, seed=recipe.seed, on_bad_image=data.on_bad_image
+            split,
+            transform,
+            input_path=data.input_path,
+            seed=recipe.seed,
+            on_bad_image=data.on_bad_image,
+            check=name != "train",  # those are not met before the training is done
         )
         logger.info("%s: %s", name, describe_counts(images[name].class_counts))
     groups = frequency_groups(images["train"].class_counts, **recipe.evaluation.bounds)

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nc_hf.card_block import escaped, marked, merge_cards, metadata_of
 from nc_hf.card_citations import citations
-from nc_hf.card_facts import dataset_facts, input_size, parameters, stages
+from nc_hf.card_facts import dataset_facts, input_size, is_public, origin, parameters, stages
 from nc_hf.card_tables import ACCURACIES, HEADS, accuracy_table, better_head, class_rows, geometry_table
 from nc_hf.doors import doors_of, needs_nc_hf
 
@@ -113,9 +113,9 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
     twin = _read(folder / "twin.json") if (folder / "twin.json").is_file() else None
     recipe = (folder / "recipe.yaml").read_text() if (folder / "recipe.yaml").is_file() else None
     first, head, metadata = results[0], config["nc_hf"]["active_head"], dict(metadata or {})
-    dataset, told = dataset_facts(first), stages(first, recipe)
+    dataset, told, base_model = dataset_facts(first), stages(first, recipe), origin(recipe)
     card = ModelCard.from_template(
-        card_data=_card_data(folder, name, head, first, dataset, _tags(dataset, told), metadata),
+        card_data=_card_data(folder, name, head, first, dataset, _tags(dataset, told), metadata, base_model),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=escaped(name),
         source=source,
@@ -146,6 +146,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
             if (folder / "figures" / f"{key}.png").is_file()
         },
         recipe=recipe,
+        base_model=base_model and escaped(base_model),
+        repeatable=recipe is not None and (base_model is None or is_public(base_model)),
         stages=told,
         skipped=sum(first.get("skipped_images", {}).values()),
         environment={key: first[key] for key in ("versions", "device", "git_revision") if first.get(key)},
@@ -178,9 +180,12 @@ def _card_data(
     dataset: Mapping[str, Any],
     tags: Sequence[str],
     metadata: Mapping[str, Any],
+    base_model: str | None,
 ) -> ModelCardData:
     library = "nc_hf" if needs_nc_hf(folder) else "timm" if "timm" in doors_of(folder) else "transformers"
     further = dict(metadata)
+    if base_model is not None and base_model.count("/") == 1:
+        further.setdefault("base_model", base_model)
     own_tags, own_datasets = further.pop("tags", None) or [], further.pop("datasets", None)
     evaluations = []
     for key, value in results.get("heads", {}).get(head, {}).items():
@@ -189,7 +194,7 @@ def _card_data(
                 EvalResult(
                     task_type="image-classification",
                     dataset_type=dataset["hub_id"] or dataset["name"],
-                    dataset_name=dataset["title"],
+                    dataset_name=dataset["plain_title"],
                     dataset_split=results.get("split"),
                     metric_type="accuracy" if key == "accuracy" else key,
                     metric_name=ACCURACIES.get(key, key).replace("all", "accuracy"),

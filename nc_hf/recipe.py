@@ -38,7 +38,11 @@ __all__ = [
 # The digest leaves out what has its default value, so that a new setting leaves the digests of old results alone.
 # Raise this when a default, or what a setting means, changes.
 DIGEST_VERSION = 1
-UNTOLD_DATA = ("data_dir", "cache_dir", "title")
+UNTOLD_DATA = ("data_dir", "cache_dir", "title", "on_bad_image")
+
+
+# What may be a folder.
+PATHS = {"": ("output_dir",), "data": ("dataset", "data_dir", "cache_dir"), "model": ("name",)}
 
 
 class _Setting(NamedTuple):
@@ -64,8 +68,12 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """
     values: dict[str, dict[str, Any] | None] = {"": {}, **{section: {} for section in SECTIONS}, "stage2": None}
     settings = [] if path is None else _file_settings(Path(path))
-    for section, name, value in [*settings, *_override_settings(overrides)]:
+    given = list(_override_settings(overrides))
+    if any((section, name) == ("data", "dataset") for section, name, _ in given):
+        settings.append(_Setting("data", "title", None))  # a file's title is of its own data set
+    for section, name, value in [*settings, *given]:
         if name is not None:
+            value = _expanded(value) if name in PATHS.get(section, ()) else value
             values[section] = (values[section] or {}) | {name: value}
         elif value is not None:
             values[section] = values[section] or {}
@@ -127,6 +135,13 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
             settings = {**defaults_of(stage), **settings}
             flat |= {f"{stage}.{name}": value for name, value in settings.items() if decides_weights(name)}
     return flat
+
+
+def _expanded(value: str | None) -> str | None:
+    """A path with the home folder for ~; other names as they are."""
+    prefix = "local-dir:" if value and value.startswith("local-dir:~") else ""
+    is_path = value is not None and value.startswith(f"{prefix}~")
+    return prefix + str(Path(value.removeprefix(prefix)).expanduser()) if is_path else value
 
 
 def _changed(config: Any, default: Any) -> dict[str, Any]:

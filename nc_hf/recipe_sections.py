@@ -161,6 +161,8 @@ def coerced(section: str, name: str, value: Any, where: str) -> Any:
     except ValidationError as error:
         expected = type_name(get_type_hints(SECTIONS.get(section, Recipe))[name])
         problem = error.errors()[0]["msg"]
+        if isinstance(value, str) and "list" in expected:
+            problem += f'; a list is written "[{value}]"'
         raise ValueError(
             f"{where}: `{_dotted(section, name)}` must be {expected}, got {value!r} ({problem})."
         ) from None

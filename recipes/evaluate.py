@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> None:
     options, overrides = parse(arguments)
     noise = {"std": options.noise_std, "scale": options.noise_scale, "seed": options.noise_seed}
     recipe = recipe_for(options.source, overrides)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     state = start_processes()
     results = evaluate_heads(options.source, recipe, noise if options.noise_std else None)
     if state.is_main_process:
@@ -71,10 +73,10 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
     """Metrics by head name, and accuracies by head name under noise."""
     from nc_hf.evaluation import evaluate_classifier
     from nc_hf.inspect import evaluated_split, trainers_of
-    from nc_hf.models.classifier import local_folder
+    from nc_hf.models.saved_folder import local_folder, read_config
     from nc_hf.robustness import noisy_accuracies
 
-    config = json.loads((local_folder(source, recipe.model.revision) / "config.json").read_text()).get("nc_hf", {})
+    config = read_config(local_folder(source, recipe.model.revision)).get("nc_hf", {})
     results: dict[str, Any] = {"heads": {}}
     for head, trainer, images in trainers_of(source, recipe):
         tested = images[evaluated_split(images)]

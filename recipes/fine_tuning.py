@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     settings = {name: value for name, value in vars(options).items() if name not in ("out", "data_dir", "threads")}
     runs = earlier_runs(options.out, settings)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     import torch
 
     from nc_hf import load_splits

@@ -69,9 +69,10 @@ def gather_release(arguments: list[str]) -> None:
     parser.add_argument("folder", help="to write")
     parser.add_argument("--twin", help="run of the same settings without the collapse terms, to compare with")
     parser.add_argument("--seeds", nargs="*", default=[], help="runs of the same recipe with other seeds")
-    parser.add_argument("--license", default="apache-2.0", help="of the weights")
+    parser.add_argument("--license", help="of the weights, such as apache-2.0; without it a card keeps the one it has")
     options = parser.parse_args(arguments)
-    print(build_release(options.run, options.folder, twin=options.twin, seeds=options.seeds, license=options.license))
+    metadata = {"license": options.license} if options.license else {}
+    print(build_release(options.run, options.folder, twin=options.twin, seeds=options.seeds, **metadata))
 
 
 def push_dataset(arguments: list[str]) -> None:
@@ -104,7 +105,7 @@ def push_dataset(arguments: list[str]) -> None:
 def _add_push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="visibility of a new repository")
     parser.add_argument("--revision", help="branch to push to; main by default")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--create_pr", "--create-pr", action="store_true", help="open a pull request instead")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,8 @@ def main(arguments: list[str]) -> None:
         return print(f"{__doc__}\n{recipe_help()}")
     default = str(HERE / "digits_lt" / "nc_drw_crt.yaml")
     path = arguments.pop(0) if arguments and not arguments[0].startswith("--") else default
-    try:
+    with usage_errors():
         recipe = load_recipe(path, arguments)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from None
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
 
     from nc_hf.branching import check_branch
@@ -53,14 +53,16 @@ def main(arguments: list[str]) -> None:
             raise SystemExit(str(error)) from None
 
     run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
-    stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
+    with usage_errors():
+        stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
     for stage, args in stages.items():
         getattr(recipe, stage)["precision"] = args.precision  # what `auto` means on this machine
     results, started = read_results(run / "results.json"), is_started(run)
     branch = (recipe.stage1 or {}).get("resume_from_checkpoint")
-    if branch and not (results or started):  # later the run goes on from its own, and the other one may be gone
-        check_branch(recipe, branch)
-    splits = read_splits(recipe)
+    with usage_errors():
+        if branch and not (results or started):  # later the run goes on from its own, and the other one may be gone
+            check_branch(recipe, branch)
+        splits = read_splits(recipe)
     digest = recipe_digest(recipe, splits["train"].info.description, weights_checksum(recipe.model.name))
     known = results.get("recipe_digest") or ((run / "digest").read_text() if started else None)
     if known not in (None, digest):
@@ -84,6 +86,15 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(failed)
 
 
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What is wrong with settings, data or model is said in a sentence, without a traceback."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
 def differences_of(run: Path, recipe: Any) -> str:
     """In which settings a recipe differs from that of a run's folder, where that can be told."""
     from nc_hf.recipe import differences, load_recipe
@@ -102,11 +113,12 @@ def run_stages(
     from nc_hf.retraining import check_heads
     from nc_hf.retraining_args import check_stages
 
-    model, processor, images = load_model_and_images(recipe, splits)
-    if "stage2" in stages:
-        check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
-        if "stage1" in stages:
-            check_stages(*stages.values(), has_validation="validation" in splits)
+    with usage_errors():
+        model, processor, images = load_model_and_images(recipe, splits)
+        if "stage2" in stages:
+            check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
+            if "stage1" in stages:
+                check_stages(*stages.values(), has_validation="validation" in splits)
     heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
     if "heads" not in results:
         results = start_results(recipe, images, results["recipe_digest"], sum(heads.values(), []))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import metadata_load
 
+from nc_hf.card_block import END, marked, merge_cards
 from nc_hf.card_citations import citations
 from nc_hf.card_facts import dataset_facts
 from nc_hf.hub import save_pretrained
@@ -119,3 +120,40 @@ def test_what_is_of_one_seed_says_so_among_several(card_of):
 def test_the_network_is_cited(architecture, keys):
     cited = citations({"architecture": architecture}, {"dataset": {"name": "my photos"}})
     assert [entry.partition("{")[2].partition(",")[0] for entry in cited] == keys
+
+
+@pytest.mark.parametrize(
+    ("overrides", "origin", "repeatable"),
+    [
+        ((), None, True),
+        (("--model.name", "resnet18", "--model.pretrained", "true"), "resnet18", True),
+        (("--model.name", "somebody/net"), "somebody/net", True),
+        (("--model.name", "stage1"), "stage1", False),
+    ],
+)
+def test_what_the_weights_started_from_is_said(card_of, overrides, origin, repeatable):
+    card, _ = card_of("ce", *overrides)
+    assert (f"started from the weights of {origin};" in card) == (origin is not None) == ("started from" in card)
+    assert ("base_model: somebody/net" in card) == (origin == "somebody/net") == ("base_model" in card)
+    assert ("trains it again" in card) == repeatable
+
+
+def test_a_title_is_escaped_for_markdown_alone(tmp_path):
+    model, _ = load_classifier("resnet20_cifar", 2)
+    save_pretrained(model, tmp_path)
+    own = results()
+    own["dataset"] = own["dataset"] | {"name": "My | photos_1", "description": None}
+    write_results(tmp_path / "results.json", own)
+    write_card(tmp_path)
+    index = metadata_load(tmp_path / "README.md")["model-index"]
+    assert index[0]["results"][0]["dataset"]["name"] == "My | photos_1"
+    assert "My \\| photos\\_1" in (tmp_path / "README.md").read_text()
+
+
+def test_a_mark_without_its_end_and_a_byte_order_mark_are_no_second_card(caplog):
+    ours = marked("---\nlicense: mit\n---\nnew words")
+    cut = marked("---\nlicense: mit\n---\nold words").replace(END, "")
+    assert "old words" in merge_cards(ours, cut) and "new words" not in merge_cards(ours, cut)
+    assert "without <!-- nc_hf:end --> after it" in caplog.text
+    merged = merge_cards(ours, "\ufeff" + marked("---\nlicense: mit\n---\nold words"))
+    assert merged.count("---\n") == 2 and "new words" in merged and "old words" not in merged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +83,8 @@ def test_columns_are_found_or_named() -> None:
         assert splits["train"]["label"][:] == [0, 1, 2]
     two = labelled([0, 1], thumbnail=None)
     with pytest.raises(ValueError, match="one image column; found image, thumbnail. Name it by `image_column`"):
-        load_splits(two, validation_fraction=0.5)
-    assert load_splits(two, validation_fraction=0.5, image_column="thumbnail")["train"].column_names[0] == "image"
+        load_splits(two, test_split="train")
+    assert load_splits(two, test_split="train", image_column="thumbnail")["train"].column_names[0] == "image"
     with pytest.raises(ValueError, match="`label_column` is 'kind'; the columns are image, label"):
         load_splits(data, label_column="kind")
     with pytest.raises(ValueError, match="one label column; found none among image"):
@@ -100,20 +99,20 @@ def test_two_class_columns_need_a_name_but_for_cifars() -> None:
         features=Features({"image": Image(), "genus": ClassLabel(3), "family": ClassLabel(2)}),
     )
     with pytest.raises(ValueError, match="found genus, family. Name it by `label_column`"):
-        load_splits(both, validation_fraction=0.5)
+        load_splits(both, test_split="train")
     assert coarse.features["coarse_label"].num_classes == 2
     cifar = both.rename_columns({"genus": "fine_label", "family": "coarse_label"})
-    assert load_splits(cifar, validation_fraction=0.5)["train"].features["label"].num_classes == 3
+    assert load_splits(cifar, test_split="train")["train"].features["label"].num_classes == 3
 
 
 def test_file_paths_are_read_as_images(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     data = Dataset.from_dict({"file": [str(tmp_path / "0.png"), str(tmp_path / "1.png")], "label": [0, 1]})
-    splits = load_splits(data, image_column="file", validation_fraction=0.5)
+    splits = load_splits(data, image_column="file", test_split="train")
     assert splits["train"][1]["image"].size == (24, 20)
     with pytest.raises(ValueError, match="column 'label' must hold images, file paths or encoded files"):
-        load_splits(data, image_column="label", label_column="label", validation_fraction=0.5)
+        load_splits(data, image_column="label", label_column="label", test_split="train")
 
 
 def test_splits_are_chosen_by_name() -> None:
@@ -163,7 +162,7 @@ def test_data_of_a_user_are_told_apart(tmp_path: Path) -> None:
         data = Dataset.from_dict(
             {"image": rows, "label": labels}, features=Features({"image": Value("string"), "label": feature})
         )
-        return load_splits(data, validation_fraction=0.5, image_column="image")["train"].info.description
+        return load_splits(data, test_split="train", image_column="image")["train"].info.description
 
     first = told([0, 1, 2, 0])
     assert first.startswith("sha256 of names ") and told([0, 1, 2, 0], folder="there") == first
@@ -271,83 +270,3 @@ def test_rows_without_an_image_are_nothing_to_compare(caplog: pytest.LogCaptureF
     split = Dataset.from_dict({"image": rows, "label": [0, 1]}, features=features)
     load_splits(DatasetDict(train=split, test=split))
     assert "1 of 2 test images are also training images" in caplog.text
-
-
-# ---- Files ----
-
-
-def bomb() -> bytes:
-    """A PNG of 20,000 x 20,000 pixels in its header."""
-    import zlib
-
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + png()[33:]
-
-
-BAD_FILES = {"empty": b"", "text": b"this is no image", "truncated": png()[:300], "bomb": bomb()}
-
-
-def with_bad_file(tmp_path: Path, content: bytes | None) -> Dataset:
-    rows = []
-    for i in range(5):
-        path = tmp_path / f"{i}.png"
-        if i != 3:
-            path.write_bytes(png(i))
-        elif content is not None:
-            path.write_bytes(content)
-        rows.append({"bytes": None, "path": str(path)})
-    features = Features({"image": Image(), "label": ClassLabel(3)})
-    return Dataset.from_dict({"image": rows, "label": [0, 1, 2, 0, 1]}, features=features)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("kind", [*BAD_FILES, "missing"])
-@pytest.mark.parametrize("path", ["resident", "streamed"])
-def test_bad_file_is_an_error_or_left_out(
-    kind: str, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset = with_bad_file(tmp_path, BAD_FILES.get(kind))
-    with pytest.raises(ValueError, match=r"image in row 3 \(.*3\.png\) cannot be read: .*on_bad_image: skip") as error:
-        load_images(dataset, SMALL, input_path=path).__getitems__([0, 3])
-    assert ("more than" in str(error.value) or "exceeds limit" in str(error.value)) == (kind == "bomb")
-    images = load_images(dataset, SMALL, input_path=path, on_bad_image="skip")
-    assert (len(images), images.skipped) == (4, 1)
-    assert images.labels.tolist() == [0, 1, 2, 1]
-    assert images.class_counts.tolist() == [1, 2, 1]
-    expected = load_images(dataset.select([0, 1, 2, 4]), SMALL, input_path=path)
-    assert (images[3]["pixel_values"] == expected[3]["pixel_values"]).all()
-    assert expected.skipped == 0
-    assert "1 unreadable image is left out" in caplog.text and "3.png" in caplog.text
-
-
-def test_bad_bytes_are_located_by_row() -> None:
-    features = Features({"image": Image(), "label": ClassLabel(3)})
-    images = [{"bytes": png(), "path": None}, {"bytes": b"no", "path": None}, None]
-    dataset = Dataset.from_dict({"image": images, "label": [0, 1, 2]}, features=features)
-    for row, words in ((1, "cannot identify"), (2, "there is none")):
-        with pytest.raises(ValueError, match=f"the image in row {row} cannot be read: {words}"):
-            load_images(dataset, SMALL, input_path="streamed")[row]
-
-
-@pytest.mark.parametrize("error", [EOFError("no more"), struct.error("unpack requires 4 bytes")])
-def test_whatever_a_decoder_raises_names_the_file(error, tmp_path, monkeypatch):
-    dataset = with_bad_file(tmp_path, png(3))
-    opened = PIL.Image.open
-
-    def damaged(source, *arguments):
-        image = opened(source, *arguments)
-        if np.asarray(image).tobytes() == np.asarray(opened(io.BytesIO(png(3)))).tobytes():
-            raise error
-        return image
-
-    monkeypatch.setattr(PIL.Image, "open", damaged)
-    assert load_images(dataset, SMALL, input_path="resident", on_bad_image="skip").skipped == 1
-    with pytest.raises(ValueError, match=r"image in row 3 \(.*3\.png\) cannot be read"):
-        load_images(dataset, SMALL, input_path="resident")
-
-
-def test_a_file_that_is_no_parquet_is_said(tmp_path):
-    (tmp_path / "train.parquet").write_bytes(b"no parquet at all")
-    with pytest.raises(FileNotFoundError, match="'parquet'.*could not be loaded: ArrowInvalid: .*Parquet"):
-        load_splits("parquet", data_dir=str(tmp_path), cache_dir=str(tmp_path.parent / "cache"))

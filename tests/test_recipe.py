@@ -278,3 +278,37 @@ def test_bad_overrides(overrides: list[str], message: str) -> None:
 def test_overlapping_thresholds_are_refused() -> None:
     with pytest.raises(ValueError, match="overlap"):
         load_recipe(None, ["--evaluation.few_below", "200"])
+
+
+# ---- Places ----
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = [
+        "--output_dir=~/out",
+        "--data.data_dir",
+        "~/photos",
+        "--data.cache_dir=~",
+        "--model.name=local-dir:~/model",
+    ]
+    recipe = load_recipe(None, given)
+    assert (recipe.output_dir, recipe.data.data_dir, recipe.data.cache_dir) == (
+        "/home/me/out",
+        "/home/me/photos",
+        "/home/me",
+    )
+    assert recipe.model.name == "local-dir:/home/me/model" and recipe.data.dataset == "digits"
+
+
+def test_other_data_lose_the_title_of_a_recipe() -> None:
+    path = Path(__file__).resolve().parents[1] / "recipes/caltech101/nc_drw_crt.yaml"
+    own = ["--data.dataset", "imagefolder"]
+    assert load_recipe(path).data.title == "Caltech-101"
+    assert load_recipe(path, own).data.title is None
+    assert load_recipe(path, [*own, "--data.title", "My photos"]).data.title == "My photos"
+
+
+def test_a_list_is_shown_as_it_is_written() -> None:
+    with pytest.raises(ValueError, match=r'a list is written "\[160,180\]"'):
+        load_recipe(None, ["--stage1.lr_milestones", "160,180"])

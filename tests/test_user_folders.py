@@ -1,4 +1,4 @@
-"""A user's folder without a path, without classes, or with classes that some split lacks."""
+"""A user's folder without a path, without classes, with files left out, or with classes that some split lacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from small_images import small_pixels
 
 from nc_hf.data.sources import encode_images
@@ -52,10 +52,83 @@ def test_images_beside_class_folders_are_named(stray: str | None, tmp_path: Path
         (folder / "train" / "bee" / "1.png").unlink()
     else:
         PIL.Image.fromarray(small_pixels(1, 7)[0]).save(folder / stray)
-    with pytest.raises(ValueError, match="have no labels. Those of an imagefolder come from subfolders") as error:
+    with pytest.raises(
+        ValueError, match=r"have no labels \(split train\). Those of an imagefolder come from subfolders"
+    ) as error:
         load_splits("imagefolder", data_dir=str(folder), validation_fraction=0.5, cache_dir=str(tmp_path / "cache"))
     named = f"{folder / str(stray)} lies beside the class folders: move it into one, or remove it."
     assert (named in str(error.value)) == (stray is not None) == ("lies beside" in str(error.value))
+
+
+def drawn(folder: Path, **files: tuple[int, str]) -> str:
+    """A folder with so many images of this suffix in each place."""
+    for place, (count, suffix) in files.items():
+        (folder / place.replace("__", "/")).mkdir(parents=True)
+        for number in range(count):
+            with open(folder / place.replace("__", "/") / f"{number}{suffix}", "wb") as file:
+                PIL.Image.fromarray(small_pixels(1, len(place) * 100 + number)[0]).save(file, "png")
+    return str(folder)
+
+
+def test_files_that_are_no_images_for_datasets_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = drawn(tmp_path / "photos", ant=(6, ".png"), bee=(6, ".png"), cat=(3, ".HEIC"), dog=(2, ""))
+    (tmp_path / "photos" / ".cache").mkdir()
+    (tmp_path / "photos" / ".cache" / "list.txt").write_text("hidden")
+    splits = load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+    assert splits["train"].features["label"].names == ["ant", "bee"]
+    assert (
+        "5 files in" in caplog.text
+        and "left out (3 .HEIC, 2 no suffix). Nothing is read from cat, dog." in caplog.text
+    )
+
+
+def test_a_folder_that_is_read_whole_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = drawn(tmp_path / "photos", ant=(6, ".png"), Train=(6, ".JPG"))
+    load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+    assert "left out" not in caplog.text and "are read" not in caplog.text
+
+
+def test_splits_with_capitals_are_not_trained_on_together(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "photos", Train__a=(3, ".png"), Train__b=(3, ".png"), Test__a=(3, ".png"))
+    with pytest.raises(ValueError, match="Rename Test, Train to test, train"):
+        load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_class_that_is_called_like_a_split_is_explained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = drawn(tmp_path / "photos", train=(3, ".png"), car=(3, ".png"), bus=(3, ".png"))
+    with pytest.raises(ValueError, match="Of the folders bus, car, train, those with names such as train"):
+        load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+    assert "3 of the 9 images in" in caplog.text
+
+
+def test_the_split_without_labels_is_named(tmp_path: Path) -> None:
+    folder = drawn(tmp_path / "photos", train__a=(3, ".png"), train__b=(3, ".png"), test=(3, ".png"))
+    with pytest.raises(ValueError, match=r"have no labels \(split train, test\).*a test split without labels another"):
+        load_splits("imagefolder", data_dir=folder, cache_dir=str(tmp_path / "cache"))
+
+
+# ---- Splits ----
+
+
+def test_a_validation_split_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves 7 images to train on and 0 to validate on"):
+        load_splits(labelled([0] * 4 + [1] * 3, "ant bee"), validation_fraction=0.1)
+
+
+def test_wrong_labels_are_said_with_their_split() -> None:
+    images = encode_images(small_pixels(3))
+    features = Features({"image": Image(), "label": Value("int64")})
+    hidden = Dataset.from_dict({"image": images, "label": [-1, -1, -1]}, features=features)
+    train = Dataset.from_dict({"image": images, "label": [0, 1, 1]}, features=features)
+    with pytest.raises(ValueError, match="split test: column 'label' has 3 labels below 0.*name another split by"):
+        load_splits(DatasetDict(train=train, test=hidden))
+
+
+def test_ids_are_not_taken_for_the_numbers_of_classes() -> None:
+    features = Features({"image": Image(), "label": Value("int64")})
+    images = Dataset.from_dict({"image": encode_images(small_pixels(3)), "label": [0, 1, 300]}, features=features)
+    with pytest.raises(ValueError, match="the labels reach to 300 and there are 3 images: they seem to be ids"):
+        load_splits(images, validation_fraction=0.5)
 
 
 # ---- Classes ----

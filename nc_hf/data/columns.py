@@ -86,7 +86,7 @@ def dataset_labels(dataset: Dataset, label_column: str | None = None) -> tuple[n
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"column {column!r} has {len(outside)} labels outside 0 to {len(names) - 1}, "
+            f"column {column!r} has {len(outside)} labels {f'outside 0 to {len(names) - 1}' if names else 'below 0'}, "
             f"the first is {labels[row]} in row {row}. Remove or relabel those images."
         )
     return labels, names

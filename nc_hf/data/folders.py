@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
 from datasets import DatasetDict
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from nc_hf.data.columns import label_candidates
 
+logger = logging.getLogger(__name__)
+
+SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev")
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst")
 FILE_FORMATS = ("imagefolder", "parquet", "arrow", "json", "csv", "webdataset")  # of `datasets`, with images in them
 
 
@@ -36,23 +43,69 @@ def check_data_dir(dataset: str, data_dir: str | None) -> None:
 
 
 def check_folder_classes(found: DatasetDict, data_dir: str) -> None:
-    """Refuse an imagefolder whose images have no labels.
+    """Refuse an imagefolder whose images have no labels or whose splits are spelled otherwise; warn of files left out.
 
     Args:
         found: its splits.
         data_dir: the folder.
 
     Raises:
-        ValueError: when a split has no column of labels; the message names an image that lies beside class folders.
+        ValueError: when a split has no column of labels, the message names an image that lies beside class folders;
+            and for folders such as Train and Test, which `datasets` takes for one split.
     """
-    if all(label_candidates(split) for split in found.values()):
+    folder = Path(data_dir).expanduser()
+    places = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_below_hidden(path, folder))
+    if places and all(name.lower() in SPLIT_FOLDERS for name in places) and (odd := _capitals(places)):
+        raise ValueError(
+            f"{data_dir} has the folders {', '.join(places)}, and `datasets` knows splits by lower-case names alone: "
+            f"all of them would be trained on. Rename {', '.join(odd)} to {', '.join(map(str.lower, odd))}."
+        )
+    _warn_of_files(folder, sum(map(len, found.values())), ", ".join(found))
+    unlabelled = [name for name, split in found.items() if not label_candidates(split)]
+    if not unlabelled:
         return
-    stray = next(_stray_images(Path(data_dir).expanduser()), None)
+    stray = next(_stray_images(folder), None)
     hint = "" if stray is None else f" {stray} lies beside the class folders: move it into one, or remove it."
+    if any(name.lower() in SPLIT_FOLDERS for name in places):
+        hint += (
+            f" Of the folders {', '.join(places)}, those with names such as train, test or val are taken for splits. "
+            "A class of such a name needs another one, and a test split without labels another place."
+        )
     raise ValueError(
-        f"the images in {data_dir} have no labels. Those of an imagefolder come from subfolders, one for each of two "
-        f"classes or more, all at one depth: data_dir/owl/1.png, or data_dir/train/owl/1.png.{hint}"
+        f"the images in {data_dir} have no labels (split {', '.join(unlabelled)}). Those of an imagefolder come from "
+        "subfolders, one for each of two classes or more, all at one depth: data_dir/owl/1.png, or "
+        f"data_dir/train/owl/1.png.{hint}"
     )
+
+
+def _capitals(names: list[str]) -> list[str]:
+    return [name for name in names if name != name.lower()]
+
+
+def _warn_of_files(folder: Path, read: int, splits: str) -> None:
+    """Warn of files that `datasets` does not take for images, and of images in folders that it does not read."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not _is_below_hidden(path, folder)]
+    if any(path.stem == "metadata" or path.suffix.lower() in ARCHIVES for path in files):
+        return  # which say themselves what is read
+    images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
+    if len(images) < len(files):
+        others = Counter(path.suffix or "no suffix" for path in set(files).difference(images))
+        empty = {path.parent for path in files} - {path.parent for path in images} - {folder}
+        where = f" Nothing is read from {', '.join(sorted(path.name for path in empty))}." if empty else ""
+        logger.warning(
+            "%d files in %s are no images for `datasets` and are left out (%s).%s Convert those that are images.",
+            *(others.total(), folder, ", ".join(f"{count} {suffix}" for suffix, count in others.most_common()), where),
+        )
+    if read < len(images):
+        logger.warning(
+            "%d of the %d images in %s are read, as %s: where a folder has a name such as train, test or val, "
+            "`datasets` takes it for a split and reads no others.",
+            *(read, len(images), folder, splits),
+        )
+
+
+def _is_below_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
 
 
 def _stray_images(folder: Path) -> Iterator[Path]:

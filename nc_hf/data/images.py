@@ -129,6 +129,8 @@ class ImageSet(torch.utils.data.Dataset):
             first = next(error for error in errors if error is not None)
             counted = "1 unreadable image is" if self.skipped == 1 else f"{self.skipped} unreadable images are"
             logger.warning("%s left out; the first: %s", counted, first)
+            if not len(kept):
+                raise ValueError(f"none of {len(errors)} images can be read; the first: {first}")
             self.labels, self.encoded = self.labels[kept], self.encoded.select(kept)
         return kept
 
@@ -157,10 +159,15 @@ class StreamedImages(ImageSet):
     """Images decoded when they are asked for, in the workers of a data loader; for sets of any size."""
 
     def __init__(
-        self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error"
+        self,
+        dataset: Dataset,
+        transform: ImageTransform,
+        seed: int = 0,
+        on_bad_image: str = "error",
+        check: bool = False,
     ) -> None:
         super().__init__(dataset, transform, seed)
-        if on_bad_image == "skip":
+        if check or on_bad_image == "skip":
             self._decode_all(lambda row, image: None, on_bad_image, "check")
 
     def _images(self, indices: np.ndarray, draws: np.ndarray) -> Tensor:
@@ -228,6 +235,7 @@ def load_images(
     input_path: InputPath = "auto",
     seed: int = 0,
     on_bad_image: Literal["error", "skip"] = "error",
+    check: bool = False,
 ) -> ImageSet:
     """The image set of one split, resident when its images fit in memory and are augmented as batches.
 
@@ -237,9 +245,10 @@ def load_images(
         input_path: `"auto"`, or the one to use; the choice is logged.
         seed: of the augmentation.
         on_bad_image: `"error"` names an unreadable image, `"skip"` leaves it out and counts it.
+        check: decode every image once now, also where they are streamed, so that an unreadable one is met at once.
 
     Raises:
-        ValueError: for an unknown choice, or when resident images cannot have the augmentation.
+        ValueError: for an unknown choice, an unreadable image, or when resident images cannot have the augmentation.
     """
     for name, value, choices in (
         ("input_path", input_path, ("auto", "resident", "streamed")),
@@ -261,5 +270,6 @@ def load_images(
         room / 1e6,
         transform.augmentation,
     )
-    images = ResidentImages if chosen == "resident" else StreamedImages
-    return images(dataset, transform, seed, on_bad_image)
+    if chosen == "resident":
+        return ResidentImages(dataset, transform, seed, on_bad_image)
+    return StreamedImages(dataset, transform, seed, on_bad_image, check)

@@ -84,7 +84,8 @@ def load_splits(
             check_folder_classes(found, data_dir)
     chosen = _choose_splits(found, test_split, validation_fraction)
     # Numbers without names reach as far as the largest label of any split.
-    names = max((dataset_labels(split, label_column)[1] for split in chosen.values()), key=len)
+    names = max((_names_of(name, split, label_column) for name, split in chosen.items()), key=len)
+    _check_ids(len(names), chosen, label_column)
     splits = {name: _canonical(split, image_column, label_column, names) for name, split in chosen.items()}
     told = splits["train"].info.description or ""
     if "sha256 of" not in told:  # as our benchmarks say
@@ -97,6 +98,12 @@ def load_splits(
     held_out = bool(validation_fraction) and "validation" not in splits
     if held_out:
         splits["train"], splits["validation"] = train_validation_split(splits["train"], validation_fraction, seed)
+        if not min(len(splits["train"]), len(splits["validation"])):
+            raise ValueError(
+                f"`validation_fraction: {validation_fraction:g}` leaves {len(splits['train'])} images to train on and "
+                f"{len(splits['validation'])} to validate on: of each class with five images or more a part is held "
+                "out, of smaller ones nothing. Add images, or a folder or split of test images."
+            )
     elif validation_fraction:
         logger.info("the data set has a validation split of its own; validation_fraction is not used")
     warn_of_unseen_classes(splits, held_out)
@@ -169,6 +176,26 @@ def _choose_splits(found: DatasetDict, test_split: str | None, validation_fracti
             "`validation_fraction: 0.1` to hold a part of train out."
         )
     return chosen
+
+
+def _names_of(split: str, dataset: Dataset, label_column: str | None) -> list[str]:
+    """Class names of a split, whose name stands before what is wrong with its labels."""
+    try:
+        return dataset_labels(dataset, label_column)[1]
+    except ValueError as error:
+        other = "" if split == "train" else " Or name another split by `test_split`."
+        raise ValueError(f"split {split}: {error}{other}") from None
+
+
+def _check_ids(num_classes: int, splits: dict[str, Dataset], label_column: str | None) -> None:
+    """Refuse numbers without names that reach further than there are images: ids of another system."""
+    train, images = splits["train"], sum(map(len, splits.values()))
+    named = isinstance(train.features[find_label_column(train, label_column)], ClassLabel)
+    if not named and num_classes > images:
+        raise ValueError(
+            f"the labels reach to {num_classes - 1} and there are {images} images: they seem to be ids, not classes "
+            "numbered from 0. Number them, for instance by `class_encode_column` of `datasets`."
+        )
 
 
 def _canonical(dataset: Dataset, image_column: str | None, label_column: str | None, names: list[str]) -> Dataset:

@@ -60,7 +60,7 @@ def local_folder(name_or_path: str, revision: str | None = None) -> Path:
         ValueError: when it can be neither.
         FileNotFoundError: when the Hub has no such repository, or cannot be reached.
     """
-    path = Path(name_or_path.removeprefix("local-dir:"))
+    path = Path(name_or_path.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         return path
     repo_id, _, tag = name_or_path.removeprefix("hf-hub:").partition("@")
