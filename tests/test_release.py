@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -19,6 +18,7 @@ from nc_hf.publishing import PushError, push_folder
 from nc_hf.recipe import dump_recipe, load_recipe
 from nc_hf.release import public_name
 from nc_hf.results import git_revision, write_results
+from nc_hf.stages import start_results
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"class {k}" for k in range(10)]
@@ -161,13 +161,10 @@ def test_of_a_folder_the_last_part_is_told(source, name, tmp_path, monkeypatch):
 
 def test_results_name_no_folder_of_this_machine(tmp_path):
     """As recipes/train.py starts them, for a model and images in folders."""
-    spec = importlib.util.spec_from_file_location("train_recipe", ROOT / "recipes/train.py")
-    train = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
     recipe = load_recipe(None, ["--model.name", f"local-dir:{tmp_path}/model", "--data.dataset", f"{tmp_path}/photos"])
     images = SmallImages()
     images.description, images.skipped = "", 0
-    started = train.start_results(recipe, {"train": images}, "digest", ["base"])
+    started = start_results(recipe, {"train": images}, "digest", ["base"])
     assert (started["model"], started["dataset"]["name"]) == ("model", "photos")
     assert str(tmp_path) not in json.dumps(started)
     run = finished_run(tmp_path / "run")
