@@ -9,6 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from small_images import small_pixels
 
+from nc_hf.data.columns import dataset_labels
 from nc_hf.data.sources import encode_images
 from nc_hf.data.splits import load_splits
 
@@ -122,6 +123,21 @@ def test_wrong_labels_are_said_with_their_split() -> None:
     train = Dataset.from_dict({"image": images, "label": [0, 1, 1]}, features=features)
     with pytest.raises(ValueError, match="split test: column 'label' has 3 labels below 0.*name another split by"):
         load_splits(DatasetDict(train=train, test=hidden))
+
+
+def test_names_of_classes_are_numbered_alike_in_all_splits() -> None:
+    features = Features({"image": Image(), "label": Value("string")})
+    images = encode_images(small_pixels(4))
+    train = Dataset.from_dict({"image": images, "label": ["owl", "ant", "owl", "cat"]}, features=features)
+    test = Dataset.from_dict({"image": images[:2], "label": ["cat", "bee"]}, features=features)
+    splits = load_splits(DatasetDict(train=train, test=test))
+    assert splits["train"].features["label"].names == ["ant", "bee", "cat", "owl"]
+    assert (splits["train"]["label"][:], splits["test"]["label"][:]) == ([3, 0, 3, 2], [2, 1])
+    with pytest.raises(ValueError, match=r'found string.*class_encode_column\("label"\)'):
+        dataset_labels(train)
+    nameless = Dataset.from_dict({"image": images, "label": ["owl", None, "owl", "cat"]}, features=features)
+    with pytest.raises(ValueError, match="split train: column 'label' has 1 missing labels, the first in row 1"):
+        load_splits(DatasetDict(train=nameless, test=test))
 
 
 def test_ids_are_not_taken_for_the_numbers_of_classes() -> None:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from datasets.exceptions import DatasetGenerationError
 
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
-from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
+from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column, label_candidates
 from nc_hf.data.coverage import warn_of_unseen_classes, warn_of_untrained_classes
 from nc_hf.data.folders import check_data_dir, check_folder_classes
 from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT
@@ -62,7 +62,7 @@ def load_splits(
         data_dir: folder with the files.
         config_name: configuration of a Hub data set, or a preset of a benchmark of ours (`"r100"`).
         image_column: found when None.
-        label_column: found when None.
+        label_column: found when None. Names of classes in it are numbered in their alphabetical order.
         imbalance_ratio: thin the training images out to this ratio; None leaves them as they are.
         profile: of the long tail.
         seed: of the long tail and of the validation split.
@@ -82,7 +82,7 @@ def load_splits(
         found = _load_any(dataset, data_dir, config_name, cache_dir)
         if dataset == "imagefolder" and label_column is None:
             check_folder_classes(found, data_dir)
-    chosen = _choose_splits(found, test_split, validation_fraction)
+    chosen = _encode_names(_choose_splits(found, test_split, validation_fraction), label_column)
     # Numbers without names reach as far as the largest label of any split.
     names = max((_names_of(name, split, label_column) for name, split in chosen.items()), key=len)
     _check_ids(len(names), chosen, label_column)
@@ -176,6 +176,17 @@ def _choose_splits(found: DatasetDict, test_split: str | None, validation_fracti
             "`validation_fraction: 0.1` to hold a part of train out."
         )
     return chosen
+
+
+def _encode_names(splits: dict[str, Dataset], label_column: str | None) -> dict[str, Dataset]:
+    """Splits whose labels are the names of classes with the classes of all of them instead."""
+    candidates = [label_column] if label_column else label_candidates(splits["train"])
+    column = candidates[0] if len(candidates) == 1 else None
+    if any(split.features.get(column) not in (Value("string"), Value("large_string")) for split in splits.values()):
+        return splits
+    names = sorted({name for split in splits.values() for name in split.unique(column) if name is not None})
+    logger.info("column %r names %d classes, numbered in alphabetical order", column, len(names))
+    return {name: split.cast_column(column, ClassLabel(names=names)) for name, split in splits.items()}
 
 
 def _names_of(split: str, dataset: Dataset, label_column: str | None) -> list[str]:
