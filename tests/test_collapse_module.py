@@ -224,11 +224,12 @@ def test_second_labels_are_checked_too():
         NeuralCollapseLoss(3, 4)(torch.zeros(2, 4), torch.tensor([0, 1]), partner_labels=torch.tensor([0, 3]))
 
 
-def test_the_example_of_an_own_loop_runs():
-    code = NeuralCollapseLoss.__doc__.split("any classifier of timm:\n\n")[1].split("\n\n")[0]
+@pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050"])  # the latter widens its features
+def test_the_example_of_an_own_loop_runs(name):
+    code = NeuralCollapseLoss.__doc__.split("whose head is one linear layer:\n\n")[1].split("\n\n")[0]
     names = {"NeuralCollapseLoss": NeuralCollapseLoss, "F": torch.nn.functional}
     names |= {"images": torch.randn(4, 3, 64, 64), "labels": torch.arange(4)}
-    names["model"] = timm.create_model("test_resnet", num_classes=10)
+    names["model"] = timm.create_model(name, num_classes=10)
     exec(textwrap.dedent(code), names)
     names["loss"].backward()
     assert names["logits"].shape == (4, 10)

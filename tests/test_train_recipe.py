@@ -139,7 +139,7 @@ def test_a_validation_split_is_measured_when_asked_for(folder, train):
 def test_a_killed_run_resumes_to_the_same_results(folder, straight, train, caplog):
     process = start(folder, command(*SHORT, "--name", "killed", launcher=(sys.executable,)))
     checkpoints = folder / "out/killed/checkpoints/stage1"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
