@@ -15,20 +15,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
 # Python puts this folder first, where evaluate.py would stand in for the library `evaluate`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from nc_hf.recipe import Recipe
 
 
 def main(arguments: list[str]) -> None:
     """Run the recipe named by the first argument with the overrides that follow it."""
     from nc_hf.processes import start_processes
-    from nc_hf.recipe import dump_recipe, load_recipe, recipe_digest
+    from nc_hf.recipe import load_recipe
 
     if {"-h", "--help"} & set(arguments):
         from nc_hf.recipe_help import recipe_help
@@ -39,21 +41,28 @@ def main(arguments: list[str]) -> None:
     with usage_errors():
         recipe = load_recipe(path, arguments)
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
+    run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
+    if recipe.hub.repo_id and state.is_main_process:
+        check_destination(recipe)
+    results, failed = train(recipe, run, state), None
+    if state.is_main_process:
+        from nc_hf.results import results_table
 
+        print(f"\n{run / 'results.json'}\n{results_table(results)}")
+        failed = release(recipe, run)
+    state.destroy_process_group()
+    if failed:
+        raise SystemExit(failed)
+    return None
+
+
+def train(recipe: Recipe, run: Path, state: PartialState) -> dict[str, Any]:
+    """Train and measure what the run's folder does not have yet: what its results.json holds then."""
     from nc_hf.branching import check_branch
     from nc_hf.image_sets import read_splits
-    from nc_hf.models.saved_folder import weights_checksum
-    from nc_hf.publishing import PushError, check_access
-    from nc_hf.results import read_results, results_table
+    from nc_hf.results import read_results
     from nc_hf.stages import STAGES, heads_of, load_for_stages, run_stages, stage_arguments
 
-    if recipe.hub.repo_id and state.is_main_process:
-        try:
-            recipe.hub.repo_id = check_access(recipe.hub.repo_id)
-        except PushError as error:
-            raise SystemExit(str(error)) from None
-
-    run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
     with usage_errors():
         stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
     for stage, args in stages.items():
@@ -64,7 +73,23 @@ def main(arguments: list[str]) -> None:
         if branch and not (results or started):  # later the run goes on from its own, and the other one may be gone
             check_branch(recipe, branch)
         splits = read_splits(recipe)
-    digest = recipe_digest(recipe, splits["train"].info.description, weights_checksum(recipe.model.name))
+    digest = take_folder(run, recipe, splits["train"].info.description, results, started, state)
+    heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
+    if all(name in results.get("heads", {}) for names in heads.values() for name in names):
+        return results
+    with usage_errors():
+        loaded = load_for_stages(recipe, stages, splits)
+    return run_stages(recipe, run, stages, loaded, results or {"recipe_digest": digest}, state)
+
+
+def take_folder(
+    run: Path, recipe: Recipe, description: str, results: dict[str, Any], started: bool, state: PartialState
+) -> str:
+    """The run's digest, which is written into its folder; a folder with a run of another one is refused."""
+    from nc_hf.models.saved_folder import weights_checksum
+    from nc_hf.recipe import dump_recipe, recipe_digest
+
+    digest = recipe_digest(recipe, description, weights_checksum(recipe.model.name))
     known = results.get("recipe_digest") or ((run / "digest").read_text() if started else None)
     if known not in (None, digest):
         raise SystemExit(
@@ -75,18 +100,17 @@ def main(arguments: list[str]) -> None:
         run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
         (run / "digest").write_text(digest)
-    heads = {stage: heads_of(stage, args) for stage, args in stages.items()}
-    if any(name not in results.get("heads", {}) for names in heads.values() for name in names):
-        with usage_errors():
-            loaded = load_for_stages(recipe, stages, splits)
-        results = run_stages(recipe, run, stages, loaded, results or {"recipe_digest": digest}, state)
-    failed = None
-    if state.is_main_process:
-        print(f"\n{run / 'results.json'}\n{results_table(results)}")
-        failed = release(recipe, run)
-    state.destroy_process_group()
-    if failed:
-        raise SystemExit(failed)
+    return digest
+
+
+def check_destination(recipe: Recipe) -> None:
+    """Stop before anything is trained if the push at the end could not succeed."""
+    from nc_hf.publishing import PushError, check_access
+
+    try:
+        recipe.hub.repo_id = check_access(recipe.hub.repo_id)
+    except PushError as error:
+        raise SystemExit(str(error)) from None
 
 
 @contextmanager

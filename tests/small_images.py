@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def network_without_batch_statistics() -> nn.Module:
 def small_pixels(count: int, seed: int = 0) -> np.ndarray:
     """(count, 32, 32, 3) uint8, noise."""
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def png(seed: int = 0, size: tuple[int, int] = (20, 24)) -> bytes:
+    """A file of noise, its height and width given."""
+    buffer = io.BytesIO()
+    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    PIL.Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def image_tree(root: Path, counts: list[int], words: tuple[str, ...] = ("train", "val", "test")) -> None:

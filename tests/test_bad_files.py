@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
+from small_images import png
 
 from nc_hf.data.augment import ImageTransform
 from nc_hf.data.images import load_images
@@ -18,13 +19,6 @@ from nc_hf.image_sets import image_sets
 from nc_hf.recipe import load_recipe
 
 SMALL = ImageTransform((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-def png(seed: int = 0, size: tuple[int, int] = (20, 24)) -> bytes:
-    buffer = io.BytesIO()
-    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    PIL.Image.fromarray(values).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def bomb() -> bytes:

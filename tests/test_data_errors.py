@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from small_images import png
 
 from nc_hf.data import splits as splits_module
 from nc_hf.data.augment import ImageTransform
@@ -17,13 +15,6 @@ from nc_hf.data.long_tail import class_counts
 from nc_hf.data.splits import load_splits
 
 SMALL = ImageTransform((16, 16), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-def png(seed: int = 0, size: tuple[int, int] = (20, 24)) -> bytes:
-    buffer = io.BytesIO()
-    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    PIL.Image.fromarray(values).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def labelled(labels: list, feature=None, first: int = 0, **columns) -> Dataset:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import PIL.Image
 from datasets import DatasetDict
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from nc_hf.data.columns import label_candidates
 
 logger = logging.getLogger(__name__)
 
-SPLIT_FOLDERS = ("train", "training", "test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev")
+SPLIT_FOLDERS = {word for words in SPLIT_KEYWORDS.values() for word in words}
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst")
 FILE_FORMATS = ("imagefolder", "parquet", "arrow", "json", "csv", "webdataset")  # of `datasets`, with images in them
 
@@ -54,7 +56,7 @@ def check_folder_classes(found: DatasetDict, data_dir: str) -> None:
             and for folders such as Train and Test, which `datasets` takes for one split.
     """
     folder = Path(data_dir).expanduser()
-    places = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_below_hidden(path, folder))
+    places = sorted(path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
     if places and all(name.lower() in SPLIT_FOLDERS for name in places) and (odd := _capitals(places)):
         raise ValueError(
             f"{data_dir} has the folders {', '.join(places)}, and `datasets` knows splits by lower-case names alone: "
@@ -84,7 +86,7 @@ def _capitals(names: list[str]) -> list[str]:
 
 def _warn_of_files(folder: Path, read: int, splits: str) -> None:
     """Warn of files that `datasets` does not take for images, and of images in folders that it does not read."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not _is_below_hidden(path, folder)]
+    files = list(_shown_files(folder))
     if any(path.stem == "metadata" or path.suffix.lower() in ARCHIVES for path in files):
         return  # which say themselves what is read
     images = [path for path in files if path.suffix.lower() in ImageFolder.EXTENSIONS]
@@ -104,8 +106,15 @@ def _warn_of_files(folder: Path, read: int, splits: str) -> None:
         )
 
 
-def _is_below_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+def _shown_files(folder: Path) -> Iterator[Path]:
+    """Files at any depth, without a look at each of them, as there may be a million."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        yield from (Path(place, name) for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))  # which `datasets` does not read
 
 
 def _stray_images(folder: Path) -> Iterator[Path]:
