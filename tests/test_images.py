@@ -15,6 +15,7 @@ import timm.data
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from nc_hf.data import images as images_module
 from nc_hf.data.augment import ImageTransform, _scramble, cutout, draw_uniform, seeded
@@ -272,6 +273,7 @@ def test_path_is_chosen_by_size_and_augmentation(
     with caplog.at_level(logging.INFO, "nc_hf"):
         assert isinstance(load_images(dataset, transform("crop_flip")), ResidentImages)
         assert "input path resident (chosen by size and augmentation): 4 images" in caplog.text
+        assert isinstance(load_images(dataset, transform("auto_augment")), ResidentImages)
         assert isinstance(load_images(dataset, transform("rand_augment")), StreamedImages)
         assert isinstance(load_images(dataset, transform("crop_flip"), input_path="streamed"), StreamedImages)
         assert "input path streamed (as asked for)" in caplog.text
@@ -292,13 +294,29 @@ def test_resident_refuses_what_it_cannot_do() -> None:
 
 
 def test_cutout_paints_one_square_black() -> None:
-    white = PIL.Image.new("RGB", (32, 32), (255, 255, 255))
-    areas = set()
-    for seed in range(200):
-        with seeded(seed):
-            black = np.asarray(cutout(white)).sum(axis=2) == 0
+    generator = np.random.default_rng(0)
+    painted = cutout(torch.full((200, 32, 40, 3), 255, dtype=torch.uint8), generator.random((200, 2)))
+    areas, centers = set(), set()
+    for image in painted:
+        black = image.numpy().sum(axis=2) == 0
         rows, columns = np.flatnonzero(black.any(axis=1)), np.flatnonzero(black.any(axis=0))
         assert black.sum() == len(rows) * len(columns)
         assert rows[-1] - rows[0] + 1 == len(rows) <= 16 and columns[-1] - columns[0] + 1 == len(columns) <= 16
         areas.add(int(black.sum()))
+        centers |= {int(columns[0]) + 8} if len(columns) == 16 else set()
     assert max(areas) == 16 * 16 and min(areas) <= 9 * 9  # whole in the middle, a quarter in a corner
+    assert max(centers) > 30  # along the longer side too
+
+
+def test_auto_augment_is_crop_flip_policy_cutout() -> None:
+    images = torch.stack([torch.from_numpy(pixels((32, 32), i)) for i in range(20)])
+    draws, indices = np.arange(20), np.arange(20)
+    augmented = transform("auto_augment").augment_batch(images.clone(), 5, draws, indices)
+    numbers, policy = draw_uniform(5, draws, indices, 6), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    cropped = transform("crop_flip").augment_batch(images.clone(), 5, draws, indices)
+    changed = []
+    for image, number in zip(cropped, numbers, strict=True):
+        with seeded(int(number[3] * 2**32)):
+            changed.append(torch.from_numpy(np.array(policy(PIL.Image.fromarray(image.numpy())))))
+    assert sum(torch.equal(one, other) for one, other in zip(changed, cropped, strict=True)) < 10
+    assert torch.equal(augmented, cutout(torch.stack(changed), numbers[:, 4:]))

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 Augmentation = Literal["none", "crop", "crop_flip", "auto_augment", "resized_crop", "rand_augment"]
 
-BATCHED = ("none", "crop", "crop_flip")
+BATCHED = ("none", "crop", "crop_flip", "auto_augment")
 RAND_AUGMENT = "rand-n2-m10-mstd0.5"
 
 
@@ -85,16 +85,22 @@ class ImageTransform:
         return images.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std).permute(0, 3, 1, 2)
 
     def augment_batch(self, images: Tensor, seed: int, draws: np.ndarray, indices: np.ndarray) -> Tensor:
-        """Crop and flip images (B, H, W, 3) uint8, each by a function of (seed, its draw, its index)."""
+        """Augment images (B, H, W, 3) uint8 of the input size, each by a function of (seed, its draw, its index)."""
         if self.augmentation == "none":
             return images
+        if self.augmentation == "auto_augment":
+            uniform = draw_uniform(seed, draws, indices, 6)
+            return cutout(self._apply_policy(self._crop(images, uniform), uniform[:, 3]), uniform[:, 4:])
+        return self._crop(images, draw_uniform(seed, draws, indices, 3))
+
+    def _crop(self, images: Tensor, uniform: np.ndarray) -> Tensor:
+        """Crop the padded images, and flip them unless they are only to be cropped."""
         size, height, width, _ = images.shape
         pad_y, pad_x = height // 8, width // 8
-        uniform = draw_uniform(seed, draws, indices, 3)
         top, left = (uniform[:, i] * (2 * pad + 1) for i, pad in ((0, pad_y), (1, pad_x)))
         rows = top.astype(np.int64)[:, None] + np.arange(height)
         columns = left.astype(np.int64)[:, None] + np.arange(width)
-        if self.augmentation == "crop_flip":
+        if self.augmentation != "crop":
             flipped = uniform[:, 2] < 0.5
             columns[flipped] = columns[flipped, ::-1]
         padded = F.pad(images, (0, 0, pad_x, pad_x, pad_y, pad_y))
@@ -103,10 +109,17 @@ class ImageTransform:
         flat = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
         return padded.view(-1, 3).index_select(0, torch.from_numpy(flat.ravel())).view(images.shape)
 
+    def _apply_policy(self, images: Tensor, uniform: np.ndarray) -> Tensor:
+        """Change each image in place by AutoAugment, drawn with a seed of its own."""
+        with seeded(0):
+            for image, number in zip(images, uniform.tolist(), strict=True):
+                torch.default_generator.manual_seed(int(number * 2**32))
+                changed = self._training(PIL.Image.fromarray(image.numpy()))
+                image.copy_(torch.from_numpy(np.array(changed)))
+        return images
+
     def augment_one(self, image: PIL.Image.Image, seed: int, draw: int, index: int) -> Tensor:
         """Augment one decoded RGB image, for what is not batched: (H, W, 3) uint8."""
-        if self.augmentation == "auto_augment":
-            image = PIL.Image.fromarray(self.to_size(image).numpy())
         number = draw_uniform(seed, np.array([draw]), np.array([index]), 1)[0, 0]
         with seeded(int(number * 2**32)):
             return torch.from_numpy(np.array(self._training(image)))
@@ -125,10 +138,7 @@ class ImageTransform:
     @cached_property
     def _training(self) -> v2.Transform:
         if self.augmentation == "auto_augment":
-            padding = [self.size[1] // 8, self.size[0] // 8]
-            crop = v2.RandomCrop(self.size, padding=padding)
-            policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-            return v2.Compose([crop, v2.RandomHorizontalFlip(), policy, cutout])
+            return v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
         interpolation = v2.InterpolationMode(self.interpolation)
         steps: list[Any] = [
             v2.RandomResizedCrop(self.size, interpolation=interpolation),
@@ -148,14 +158,21 @@ class ImageTransform:
         return v2.Compose(steps)
 
 
-def cutout(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Paint a square of half the image's side black, cut off at the border (DeVries and Taylor 2017)."""
-    half = min(image.size) // 4
-    center = [int(torch.randint(length, ())) for length in image.size]
-    box = [max(center[0] - half, 0), max(center[1] - half, 0), center[0] + half, center[1] + half]
-    image = image.copy()
-    image.paste((0, 0, 0), (*box[:2], min(box[2], image.width), min(box[3], image.height)))
-    return image
+def cutout(images: Tensor, uniform: np.ndarray) -> Tensor:
+    """Paint a square of half the side black, cut off at the border (DeVries and Taylor 2017).
+
+    Args:
+        images: (B, H, W, 3), which are changed.
+        uniform: (B, 2) in [0, 1); where the square's center lies, as a share of H and of W.
+    """
+    height, width = images.shape[1:3]
+    half = min(height, width) // 4
+    covered = []
+    for share, length in zip(uniform.T, (height, width), strict=True):
+        distance = np.arange(length) - (share * length).astype(np.int64)[:, None]
+        covered.append((distance >= -half) & (distance < half))
+    images[torch.from_numpy(covered[0][:, :, None] & covered[1][:, None, :])] = 0
+    return images
 
 
 def draw_uniform(seed: int, draws: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:

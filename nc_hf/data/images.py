@@ -136,7 +136,7 @@ class ImageSet(torch.utils.data.Dataset):
 
 
 class ResidentImages(ImageSet):
-    """All images decoded at the input size in one uint8 tensor; batches are augmented without a loop over images."""
+    """All images decoded at the input size in one uint8 tensor, and augmented as batches."""
 
     def __init__(
         self, dataset: Dataset, transform: ImageTransform, seed: int = 0, on_bad_image: str = "error"
