@@ -262,13 +262,14 @@ def load_images(
     if input_path == "auto":
         chosen = "resident" if transform.is_batched and needed <= room else "streamed"
     logger.info(
-        "input path %s (%s): %d images, %.0f MB decoded of %.0f MB allowed, augmentation %s",
+        "input path %s (%s): %d images, %.0f MB decoded of %.0f MB allowed, augmentation %s%s",
         chosen,
         "chosen by size and augmentation" if input_path == "auto" else "as asked for",
         len(dataset),
         needed / 1e6,
         room / 1e6,
         transform.augmentation,
+        "; decoded when they are drawn, by as many processes as dataloader_num_workers" * (chosen == "streamed"),
     )
     if chosen == "resident":
         return ResidentImages(dataset, transform, seed, on_bad_image)
