@@ -14,6 +14,7 @@ import pytest
 import torch
 from small_runs import arguments
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nc_hf.losses.classification import SUPERVISED_LOSSES, SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
@@ -92,3 +93,27 @@ def test_tasks(request: pytest.FixtureRequest, tmp_path: Path, objective: str) -
     found = task(torch.randn(B, 3, 32, 32), torch.randint(0, K, (B,)))
     found["loss"].backward()
     assert {"loss_within", "loss_between", "loss_supervised"} <= set(found)
+
+
+class KernelCount(TorchDispatchMode):
+    """Number of operations that are more than another view of the same memory."""
+
+    kernels = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if not operation.is_view:
+            self.kernels += 1
+        return result
+
+
+@pytest.mark.parametrize(("mixed", "most"), [(False, 125), (True, 150)])
+def test_the_terms_start_few_kernels(monkeypatch: pytest.MonkeyPatch, mixed: bool, most: int) -> None:
+    """On a GPU a small network costs the time to start its kernels, of which a ResNet-32 has about five hundred."""
+    monkeypatch.setattr("nc_hf.losses.collapse.check_labels", lambda labels, num_classes: None)
+    collapse, (features, labels, partners) = NeuralCollapseLoss(K, P), batch()
+    counts = torch.ones(K)
+    partner = {"partner_labels": partners, "mixing": torch.tensor(0.7)} if mixed else {}
+    with KernelCount() as count:
+        sum(collapse(features, labels, class_counts=counts, **partner).values()).backward()
+    assert 20 < count.kernels <= most

@@ -27,7 +27,8 @@ def class_means(
     for labels, weight in assignments:
         labels = gather_with_gradient(labels)
         sums = sums.index_add(0, labels, weight * everywhere)
-        masses = masses.index_add(0, labels, weight * torch.ones_like(labels, dtype=features.dtype))
+        mass = weight.to(features.dtype) if isinstance(weight, Tensor) else features.new_full((), weight)
+        masses = masses.index_add(0, labels, mass.expand(labels.shape))
     present = masses > 0
     return sums / torch.where(present, masses, 1.0)[:, None], present
 

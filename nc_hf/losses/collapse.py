@@ -102,18 +102,15 @@ def between_class_loss(
     centers = at_least_float32(centers)
     if present is None:
         present = torch.ones(len(centers), dtype=torch.bool, device=centers.device)
-    count = present.sum()
+    count = present.sum().clamp(min=1)
     with torch.autocast(centers.device.type, enabled=False):  # a mean of all rounded to bfloat16 would turn directions
         if objective == "gram":
             return torch.where(count >= 2, gram_norm(centers, present, count), centers.sum() * 0)
-        angles = NearestAngles.apply(centers, present)
-        # Two centered centers always lie opposite each other; what is left of a gradient there is rounding.
-        angles = torch.where(count > 2, angles, angles.detach() + 0 * angles)
+        angles = NearestAngles.apply(centers, present, count)
         if objective == "mean":
-            loss = -torch.where(present, angles, 0.0).sum() / count.clamp(min=1)
-        else:
-            loss = -torch.where(present, angles, torch.inf).amin()
-        return torch.where(count >= 2, loss, angles.sum() * 0)
+            return angles.sum() / -count
+        worst = torch.where(present, angles, torch.inf).amin()
+        return torch.where(count >= 2, -worst, angles.sum() * 0)
 
 
 class NeuralCollapseLoss(nn.Module):
@@ -269,11 +266,11 @@ class NeuralCollapseLoss(nn.Module):
             if self.within_weight:
                 pairs = zip(self._by_expert(features), self._by_expert(pull), strict=True)
                 losses = [self._within(h, mu, assignments, class_counts) for h, mu in pairs]
-                terms["within"] = sum(losses) / self.num_experts
+                terms["within"] = _mean(losses)
             if self.between_weight:
                 options = {"objective": self.between_objective, "present": present}
                 losses = [between_class_loss(mu, **options) for mu in self._by_expert(push)]
-                terms["between"] = self.between_weight * sum(losses) / self.num_experts
+                terms["between"] = self.between_weight * _mean(losses)
         return terms
 
     def _by_expert(self, tensor: Tensor) -> tuple[Tensor, ...]:
@@ -314,16 +311,20 @@ class NeuralCollapseLoss(nn.Module):
             return means, means, present
         if self.training:
             self._update(means.detach(), present)
-        centers = self.centers.clone()  # the buffer changes in place at the next step
-        return centers, centers + torch.where(present[:, None], means - means.detach(), 0.0), self.seen.clone()
+        # The classes are a copy, since the buffer changes in place at the next step.
+        return self.centers, self.centers + (means - means.detach()), self.seen.clone()
 
     @torch.no_grad()
     def _update(self, means: Tensor, present: Tensor) -> None:
-        present = present & means.isfinite().all(dim=1)  # one overflow must not stay for good
-        blended = self.momentum * self.centers + (1 - self.momentum) * means
+        present = present & (means.abs().amax(dim=1) < torch.inf)  # one overflow must not stay for good
+        blended = torch.lerp(self.centers, means, 1 - self.momentum)
         updated = torch.where(self.seen[:, None], blended, means)
         self.centers.copy_(torch.where(present[:, None], updated, self.centers))
         self.seen.logical_or_(present)
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

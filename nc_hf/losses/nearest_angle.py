@@ -8,61 +8,78 @@ from torch.autograd.function import once_differentiable
 
 ROWS = 256  # rows of the cosine matrix held at a time
 RELATIVE_FLOOR = 1e-6  # a centered mean this much shorter than the longest has no direction
+SMALLEST_CHORD = 1e-12
 
 
 class NearestAngles(torch.autograd.Function):
-    """Angle between each centered row and its nearest other one, (K,) radians, in O(K P) memory."""
+    """Angle between each centered row and its nearest other one, (K,) radians, in O(K P) memory.
+
+    Absent rows have the angle 0, and so has a row that is alone. Two rows always lie opposite each other: no gradient.
+    Few kernels matter here: the terms of a small network on a GPU cost the time to start theirs.
+    """
 
     @staticmethod
-    def forward(ctx, centers: Tensor, present: Tensor) -> Tensor:
-        """Angles (K,) of centers (K, P); classes that are not present (K,) bool get a value without meaning."""
-        unit, _ = _unit_rows(centers, present)
+    def forward(ctx, centers: Tensor, present: Tensor, count: Tensor) -> Tensor:
+        """Angles (K,) of centers (K, P), of which those present (K,) bool, `count` in number or 1, take part."""
+        weights = present.to(centers.dtype)
+        unit, norms = _unit_rows(centers, weights, count)
         nearest = _nearest_rows(unit, present)
-        angles = torch.cat([2 * torch.atan2(*_chord_lengths(unit, nearest, rows)) for rows in _row_slices(unit)])
-        ctx.save_for_backward(centers, present, nearest)
-        return angles
+        chords = unit.new_empty(2, len(unit))
+        for rows in _row_slices(unit):
+            a, b = unit[rows], unit[nearest[rows]]
+            torch.linalg.vector_norm(a - b, dim=1, out=chords[0, rows])
+            torch.linalg.vector_norm(a + b, dim=1, out=chords[1, rows])
+        ctx.save_for_backward(unit, norms, weights, count, nearest, chords)
+        return torch.atan2(*chords).mul_(2 * weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_angles: Tensor) -> tuple[Tensor, None]:
-        """Gradient to the centers (K, P), with blocks of rows computed again instead of kept."""
-        centers, present, nearest = ctx.saved_tensors
-        unit, norms = _unit_rows(centers, present)
+    def backward(ctx, grad_angles: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient to the centers (K, P), block by block of rows.
+
+        With s = ||a - b|| and p = ||a + b|| of unit vectors, s^2 + p^2 = 4 and d angle = (p ds - s dp) / 2. An absent
+        row, and one without direction, is zero: what it gives its nearest one cancels, and its norm is infinite.
+        """
+        unit, norms, weights, count, nearest, chords = ctx.saved_tensors
+        half = grad_angles * (count > 2) / 2
+        # A zero chord has no direction, hence no gradient: whatever it is multiplied by.
+        apart, together = half * chords.flip(0) / chords.clamp(min=SMALLEST_CHORD)
         grad = torch.zeros_like(unit)
         for rows in _row_slices(unit):
             a, b = unit[rows], unit[nearest[rows]]
-            difference, total = a - b, a + b
-            s, p = difference.norm(dim=1, keepdim=True), total.norm(dim=1, keepdim=True)
-            scale = 2 * grad_angles[rows, None] / (s.square() + p.square()).clamp(min=1e-12)
-            # d angle = 2 (p ds - s dp) / (s^2 + p^2); a zero chord has no direction, hence no gradient.
-            difference.mul_(torch.where(s > 0, scale * p / s, 0.0))
-            total.mul_(torch.where(p > 0, -scale * s / p, 0.0))
-            grad[rows] += difference + total
-            grad.index_add_(0, nearest[rows], total - difference)
+            difference = (a - b).mul_(apart[rows, None])
+            total = (a + b).mul_(together[rows, None])
+            grad[rows].add_(difference).sub_(total)
+            grad.index_add_(0, nearest[rows], difference.add_(total), alpha=-1)
         for rows in _row_slices(unit):  # through the normalisation, a few rows at a time
             radial = (grad[rows] * unit[rows]).sum(dim=1, keepdim=True)
-            grad[rows] = (grad[rows] - radial * unit[rows]) / norms[rows, None]
-        grad.masked_fill_(~(present & norms.isfinite())[:, None], 0.0)
-        grad.sub_(grad.sum(dim=0) / present.sum().clamp(min=1))
-        return grad.masked_fill_(~present[:, None], 0.0), None
+            grad[rows].addcmul_(radial, unit[rows], value=-1).div_(norms[rows, None])
+        mean = grad.sum(dim=0).div_(count)
+        return grad.addcmul_(weights[:, None], mean, value=-1), None, None
 
 
-def _unit_rows(centers: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows minus the mean of the present ones at unit length, and their norms: infinite for one without direction."""
-    mean = present.to(centers.dtype) @ centers / present.sum().clamp(min=1)
-    centered = (centers - mean).masked_fill_(~present[:, None], 0.0)
+def _unit_rows(centers: Tensor, weights: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows minus the mean of the present ones at unit length, and their norms: infinite for one without direction.
+
+    Args:
+        centers: (K, P).
+        weights: (K,) 1 of present rows, 0 of others.
+        count: of present rows, at least 1.
+    """
+    mean = weights @ centers / count
+    centered = (centers - mean) * weights[:, None]
     norms = centered.norm(dim=1)
-    norms = torch.where(norms > RELATIVE_FLOOR * norms.max(), norms, torch.inf)
+    norms = norms.masked_fill(~(norms > RELATIVE_FLOOR * norms.max()), torch.inf)
     return (centered / norms[:, None] if torch.is_grad_enabled() else centered.div_(norms[:, None])), norms
 
 
 def _nearest_rows(unit: Tensor, present: Tensor) -> Tensor:
     """Index of the other present row with the largest cosine, (K,)."""
-    nearest = torch.empty(len(unit), dtype=torch.long, device=unit.device)
+    nearest, absent = torch.empty(len(unit), dtype=torch.long, device=unit.device), ~present
     block = unit.new_empty(min(ROWS, len(unit)), len(unit))  # one block for all, or the allocator keeps several
     for rows in _row_slices(unit):
         cosines = torch.mm(unit[rows], unit.T, out=block[: rows.stop - rows.start])
-        cosines.masked_fill_(~present, -torch.inf)
+        cosines.masked_fill_(absent, -torch.inf)
         cosines.diagonal(rows.start).fill_(-torch.inf)
         torch.argmax(cosines, dim=1, out=nearest[rows])
     return nearest
@@ -72,14 +89,9 @@ def _row_slices(rows: Tensor) -> list[slice]:
     return [slice(start, min(start + ROWS, len(rows))) for start in range(0, len(rows), ROWS)]
 
 
-def _chord_lengths(unit: Tensor, nearest: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    a, b = unit[rows], unit[nearest[rows]]
-    return (a - b).norm(dim=1), (a + b).norm(dim=1)
-
-
 def gram_norm(centers: Tensor, present: Tensor, count: Tensor) -> Tensor:
     """Frobenius norm of the cosines with -1/(K-1) on the diagonal, through the smaller of the two Gram matrices."""
-    unit, norms = _unit_rows(centers, present)
+    unit, norms = _unit_rows(centers, present.to(centers.dtype), count)
     if unit.shape[0] <= unit.shape[1]:
         off_diagonal = (unit @ unit.T).fill_diagonal_(0.0).square().sum()
     else:
