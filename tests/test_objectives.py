@@ -66,8 +66,9 @@ def test_every_objective_trains_with_and_without_the_terms(images, tmp_path, mod
     assert logits.shape == (len(images), 4) and len(features) == len(labels) == len(images)
     trainer.save_model(str(tmp_path / "saved"))
     again, _ = load_classifier(str(tmp_path / "saved"))
-    with torch.no_grad():
-        torch.testing.assert_close(again.eval()(images.images), trainer.classifier.eval()(images.images))
+    with torch.no_grad():  # in another memory format the convolutions round otherwise
+        logits = trainer.classifier.eval()(images.images)
+        torch.testing.assert_close(again.eval()(images.images), logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
