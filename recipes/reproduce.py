@@ -14,9 +14,9 @@ without and with the terms on 30 epochs, and both figures of its runs (`figure2_
 Rows that are named by `--rows` are run where they have no results of the same recipe, all rows with `--train`, none
 with `--no-train`. Each run has a folder under `<output>/runs`, where the same command resumes it when interrupted;
 its results then go to results/. Runs are of one process, or as many as the recipe expects; `--jobs 4` has four of them
-at a time on one device, each on its share of the cores and with its output in `<run>.log`. `collect` takes over
-finished runs of recipes/train.py. Tables are written to `<output>` as well, under the name of the columns they were
-cut down to, but not single rows.
+at a time, each on its share of the cores, on one GPU (of several each in turn), and with its output in `<run>.log`.
+`collect` takes over finished runs of recipes/train.py. Tables are written to `<output>` as well, under the name of the
+columns they were cut down to, but not single rows.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="folder of the images; without it CIFAR comes from the Hub")
     parser.add_argument("--cache_dir", help="of `datasets`")
     parser.add_argument("--train", action=argparse.BooleanOptionalAction, help="run all that is missing, or nothing")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one GPU")
     parser.add_argument("--output", type=Path, default=Path("out/reproduce"), help="for runs, tables and figures")
     parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="where results are kept")
     parser.add_argument("--recipes", type=Path, default=HERE, help=argparse.SUPPRESS)
@@ -176,9 +176,8 @@ def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[st
     """The commands of a run: training, which resumes, and the measurement under noise."""
     from nc_hf.paper_tables import NOISE_STDS
 
-    run, recipe = run_folder(options.output, plan, seed), plan.recipe(seed)
-    processes = str((recipe.stage1 or recipe.stage2).get("expected_processes") or 1)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes]
+    run = run_folder(options.output, plan, seed)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes_of(plan, seed))]
     launch += ["--main_process_port", "0"]  # a free one: several may run at a time
     folders = {"--data.data_dir": options.data_dir, "--data.cache_dir": options.cache_dir}
     data = [word for name, value in folders.items() if value for word in (name, os.path.abspath(value))]
@@ -196,6 +195,12 @@ def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[st
     return [train, measure] if options.noise else [train]
 
 
+def processes_of(plan: Plan, seed: int) -> int:
+    """Number of processes that a recipe expects."""
+    recipe = plan.recipe(seed)
+    return (recipe.stage1 or recipe.stage2).get("expected_processes") or 1
+
+
 def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
     """Why a run is not started: its model lies elsewhere, or its processes have no device of their own."""
     import torch
@@ -206,8 +211,8 @@ def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
             "recipes/evaluate.py measure the noise where the run lies, with `--json <run>/noise.json`, and `collect` "
             "it; or remove that file, and it is trained again."
         )
-    recipe, devices = plan.recipe(seed), torch.accelerator.device_count()
-    if 0 < devices < ((recipe.stage1 or recipe.stage2).get("expected_processes") or 1):
+    devices = torch.accelerator.device_count()
+    if 0 < devices < processes_of(plan, seed):
         return (
             f"{plan.name} expects more processes than the {devices} device(s) here. Start recipes/train.py with "
             f"`--stage1.expected_processes {devices}` and a larger per_device_train_batch_size; such a run is of "
@@ -219,16 +224,23 @@ def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
 def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> list[str]:
     """Run what is missing, `--jobs` at a time; what went wrong."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    shares: SimpleQueue[list[int]] = SimpleQueue()
+    slots: SimpleQueue[tuple[list[int], dict[str, str]]] = SimpleQueue()
     for job in range(options.jobs):
-        shares.put(cores[job % len(cores) :: options.jobs] if cores else [])
+        slots.put((cores[job % len(cores) :: options.jobs] if cores else [], own_gpu(job, options.jobs)))
 
-    def narrow_cores() -> None:
-        if share := shares.get():
-            os.sched_setaffinity(0, share)  # of this thread alone, and of the processes that it starts
+    def work(plan: Plan, seed: int) -> str | None:
+        share, environment = slots.get()
+        try:
+            if share:
+                os.sched_setaffinity(0, share)  # of this thread alone, and of the processes that it starts
+            return run_and_collect(options, plan, seed, environment if processes_of(plan, seed) == 1 else {})
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+        finally:
+            slots.put((share, environment))
 
-    pool, troubles = ThreadPoolExecutor(options.jobs, initializer=narrow_cores), []
-    runs = [pool.submit(run_and_collect, options, *run) for run in missing]
+    pool, troubles = ThreadPoolExecutor(options.jobs), []
+    runs = [pool.submit(work, *run) for run in missing]
     try:
         for count, run in enumerate(as_completed(runs), 1):
             troubles += [trouble for trouble in [run.result()] if trouble]
@@ -238,7 +250,17 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
     return troubles
 
 
-def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> str | None:
+def own_gpu(job: int, jobs: int) -> dict[str, str]:
+    """The environment in which a job among several sees one GPU of several, each in turn."""
+    import torch
+
+    if jobs == 1 or (count := torch.cuda.device_count()) < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[job % count]}
+
+
+def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int, environment: dict[str, str]) -> str | None:
     """Run what is missing of a run and take over its results; what went wrong, if something did."""
     from nc_hf.reproduction import collect_run, matching_precision
     from nc_hf.results import read_results
@@ -249,7 +271,7 @@ def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> str |
     print(f"\n{plan.setting.title}, {plan.folder.name}, seed {seed}: {run}", flush=True)
     log = None if options.jobs == 1 else run.with_name(f"{run.name}.log")
     for command in commands(options, plan, seed):
-        if run_command(command, log):
+        if run_command(command, log, environment):
             return f"{run}: failed, see {log or 'above'}; the same command resumes it."
     if matching_precision(plan.recipe(seed), read_results(run / "results.json")) is None:
         return f"{run} has results of another recipe than {plan.recipe_path}; they are not taken over."
@@ -257,13 +279,14 @@ def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int) -> str |
     return None
 
 
-def run_command(command: list[str], log: Path | None) -> int:
+def run_command(command: list[str], log: Path | None, environment: dict[str, str]) -> int:
     """Exit status of a command whose output goes to the end of a log file, or where our own goes."""
     if log is None:
         return subprocess.run(command).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+        environment = os.environ | environment
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
 
 
 def collect(options: argparse.Namespace) -> None:

@@ -92,14 +92,16 @@ def test_what_is_missing_is_run_resumed_and_then_shown(tmp_path, script, monkeyp
 
 def test_runs_at_a_time_have_cores_of_their_own_and_do_not_fail_together(tmp_path, script, monkeypatch, capsys):
     plan, together, cores = plan_for("CE-DRW", tmp_path / "results"), threading.Barrier(2, timeout=60), []
+    gpus = set()
 
-    def run(command: list[str], stdout, stderr) -> subprocess.CompletedProcess:
+    def run(command: list[str], stdout, stderr, env) -> subprocess.CompletedProcess:
         options = dict(zip(command, command[1:], strict=False))
         folder = Path(options["--output_dir"]) / options["--name"]
         assert stderr == subprocess.STDOUT and stdout.name == f"{folder}.log"
         if options["--seed"] in "01":  # these wait for each other, so they are at a time or the test fails
             together.wait()
             cores.append(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set())
+            gpus.add(env["CUDA_VISIBLE_DEVICES"])
         if options["--seed"] == "0":
             return subprocess.CompletedProcess(command, 1)
         folder.mkdir(parents=True)
@@ -107,6 +109,8 @@ def test_runs_at_a_time_have_cores_of_their_own_and_do_not_fail_together(tmp_pat
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     command = ["table3", "--dataset", "cifar10_lt", "--ratio", "100", "--rows", "CE-DRW", "--seeds", "3"]
     command += ["--jobs", "2", "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
@@ -117,6 +121,29 @@ def test_runs_at_a_time_have_cores_of_their_own_and_do_not_fail_together(tmp_pat
     if own:
         assert os.sched_getaffinity(0) == own == cores[0] | cores[1]
         assert len(own) == 1 or not cores[0] & cores[1]
+    assert gpus == {"3", "5"}
+
+
+def test_a_run_whose_results_are_refused_does_not_stop_the_others(tmp_path, script, monkeypatch):
+    plan = plan_for("CE-DRW", tmp_path / "results")
+
+    def run(command: list[str], stdout, stderr, env) -> subprocess.CompletedProcess:
+        options = dict(zip(command, command[1:], strict=False))
+        folder = Path(options["--output_dir"]) / options["--name"]
+        folder.mkdir(parents=True)
+        finished_run(folder, plan, int(options["--seed"]))
+        if options["--seed"] == "0":
+            results = json.loads((folder / "results.json").read_text())
+            results["training"] = {"stage1": {"batch": 7, "processes": 1}}
+            (folder / "results.json").write_text(json.dumps(results))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    command = ["table3", "--dataset", "cifar10_lt", "--ratio", "100", "--rows", "CE-DRW", "--seeds", "4"]
+    command += ["--jobs", "2", "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    with pytest.raises(SystemExit, match="was trained in batches of 7 on 1 processes"):
+        script.main(command)
+    assert [plan.target(seed).is_file() for seed in range(4)] == [False, True, True, True]
 
 
 def test_a_model_that_is_gone_is_not_trained_again_for_its_noise(tmp_path, script, monkeypatch):
