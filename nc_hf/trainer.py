@@ -100,6 +100,8 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
     @property
     def task(self) -> ClassificationTask:
         """The module that is trained, without wrappers."""
+        if isinstance(self.model, ClassificationTask):  # looking for wrappers takes a walk over all modules
+            return self.model
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
