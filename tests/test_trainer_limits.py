@@ -42,6 +42,18 @@ def test_a_stream_starts_again_when_it_ends(tmp_path):
     assert one.state.global_step == 20  # 14 batches a pass
 
 
+def test_a_compiled_run_is_the_same_run(tmp_path):
+    """The compiler that changes nothing, since others round otherwise and take minutes."""
+    settings = {"max_steps": 4, "within_weight": 0.01, "feature_scale": "none"}
+    runs = [trainer(tmp_path, **settings), trainer(tmp_path, torch_compile_backend="eager", **settings)]
+    for one in runs:
+        one.train()
+    plain, compiled = runs
+    assert compiled.model_wrapped is not compiled.model and isinstance(compiled.task, ClassificationTask)
+    torch.testing.assert_close(compiled.task.state_dict(), plain.task.state_dict())
+    assert compiled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
 def test_another_number_of_processes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`expected_processes` is 4 but 1 started"):
         trainer(tmp_path, expected_processes=4)
