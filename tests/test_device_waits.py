@@ -1,4 +1,6 @@
-"""Nothing in a step's losses makes the host wait for the device: no value is read, no shape depends on values.
+"""Nothing in a step's losses makes the host wait for the device, and the terms start few kernels there.
+
+No value is read, no shape depends on values.
 
 Fake tensors have shapes and no values, so whatever would have to wait for a value on a GPU raises an error here.
 """
