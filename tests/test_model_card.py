@@ -32,13 +32,8 @@ NAMES = ["ant", "bee | <b>", "cat\nfish", "dog"]
 def metrics(accuracy: float) -> dict:
     groups = {"accuracy_many": accuracy + 0.1, "accuracy_medium": accuracy, "accuracy_few": accuracy - 0.1}
     per_class = [accuracy + 0.1, accuracy, accuracy, accuracy - 0.1]
-    return {
-        "accuracy": accuracy,
-        "class_mean_accuracy": accuracy,
-        **groups,
-        "per_class_accuracy": per_class,
-        "ece": 0.05,
-    }
+    means = {"accuracy": accuracy, "class_mean_accuracy": accuracy}
+    return {**means, **groups, "per_class_accuracy": per_class, "ece": 0.05}
 
 
 def results(seed: int = 0, **changes) -> dict:
