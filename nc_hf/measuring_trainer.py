@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from nc_hf.metrics.geometry import class_means
 from nc_hf.models.classifier import feature_dim
-from nc_hf.models.feature_tap import apply_head
 from nc_hf.processes import share_buffers
 from nc_hf.task import ClassificationTask
 
@@ -108,16 +107,15 @@ class MeasuringTrainer(Trainer):
             store[id(dataset)] = kept
 
     def _from_memory(self, kept: _Kept) -> Iterator[Batch]:
-        head, device = self.task.head, self.args.device
-        state = _state(head)
+        device, state = self.args.device, _state(self.task.head)
         same = state.keys() == kept.head.keys() and all(torch.equal(kept.head[name], state[name]) for name in state)
         for features, logits, labels in kept.batches:
             features, labels = features.to(device), labels.to(device)
             if same:
                 logits = logits.to(device)
             else:
-                with torch.no_grad(), self.accelerator.autocast():
-                    logits = apply_head(head, features).float()
+                with torch.no_grad():
+                    logits = self.task.head_logits(features).float()
             yield features, logits, labels
 
 

@@ -12,6 +12,7 @@ from nc_hf.labels import label_counts
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
+from nc_hf.models.feature_tap import apply_head
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,19 @@ class ClassificationTask(nn.Module):
         Returns:
             The input of the head (B, P) and the logits (B, K).
         """
-        logits = logits_of(self.classifier(pixel_values))
-        return self.tap.read(), logits
+        logits, features = logits_of(self.classifier(pixel_values)), self.tap.read()
+        if not self.training and torch.is_autocast_enabled(features.device.type):
+            logits = self.head_logits(features)
+        return features, logits
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Logits (B, K) of the head's input (B, P), at the precision of the head's weights.
+
+        Rounded to bf16 or fp16, logits that are nearly equal would tie, and a tie goes to the class that comes first:
+        in long-tailed data, to the more frequent one.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            return apply_head(self.head, features.to(self.head.weight.dtype))
 
     def collapse_features_and_logits(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """As `features_and_logits`, with the features that the collapse terms see."""

@@ -63,6 +63,17 @@ def test_logits_are_those_of_the_head_at_the_time(trainer):
     assert equal(found, all_of(trainer, images))
 
 
+def test_logits_are_not_rounded_to_the_precision_of_the_backbone(tmp_path):
+    """Rounded, those that are nearly equal would tie, and the first class, the more frequent one, would win."""
+    images, args = SmallImages(), arguments(tmp_path, precision="bf16")
+    trainer = NCTrainer(network_without_batch_statistics(), args, train_dataset=images)
+    features, logits, _ = all_of(trainer, images)
+    assert torch.equal(features, features.bfloat16().float())
+    assert not torch.equal(logits, logits.bfloat16().float())
+    assert torch.equal(logits, trainer.task.head(features).detach())
+    assert torch.equal(torch.as_tensor(trainer.predict(images).predictions), logits)
+
+
 def test_what_has_no_room_was_not_read_to_its_end_or_is_of_other_images_is_not_from_memory(trainer, monkeypatch):
     images = SmallImages()
     with trainer.keeping_features():
