@@ -58,6 +58,11 @@ def check_objective(args: NCTrainingArguments) -> None:
                 f"`objective: {args.objective}` with `sampler: {args.sampler}`."
             )
     if args.objective in PAIRED:
+        if args.auto_find_batch_size:
+            raise ValueError(
+                f"`objective: {args.objective}` needs batches of an even number of images, and `auto_find_batch_size` "
+                "tries odd ones as well. Set per_device_train_batch_size, with gradient_accumulation_steps for more."
+            )
         if args.per_device_train_batch_size % 2:
             raise ValueError(
                 f"`objective: {args.objective}` needs an even per_device_train_batch_size, which counts both "
@@ -65,7 +70,7 @@ def check_objective(args: NCTrainingArguments) -> None:
             )
         off = {"mixup_alpha": 0, "cutmix_alpha": 0, "class_weighting": "none"}
         if args.objective == "contrastive":  # nothing is classified
-            off |= {"loss": "ce", "label_smoothing_factor": 0, "within_counts": "batch"}
+            off |= {"loss": "ce", "loss_settings": {}, "label_smoothing_factor": 0, "within_counts": "batch"}
             off |= {"load_best_model_at_end": False}  # by an untrained head
         for name, value in off.items():
             if getattr(args, name) != value:
@@ -111,6 +116,8 @@ def check_schedule(args: NCTrainingArguments) -> None:
             f"`drw_epoch` is {args.drw_epoch} but `class_weighting` is none: nothing would be deferred. "
             "Set class_weighting: effective_number, or leave drw_epoch out."
         )
+    if not isinstance(args.lr_milestones, list | tuple | None):
+        raise ValueError(f"`lr_milestones` must be a list of epochs, such as [0.8, 0.9], got {args.lr_milestones!r}.")
     if not (math.isfinite(args.lr_decay) and args.lr_decay >= 0) or any(not m >= 0 for m in args.lr_milestones or []):
         raise ValueError(
             f"`lr_decay` and `lr_milestones` must be at least 0, got {args.lr_decay} and {args.lr_milestones}. The "
@@ -127,6 +134,8 @@ def check_schedule(args: NCTrainingArguments) -> None:
 
 def check_centers(args: NCTrainingArguments) -> None:
     """Refuse settings of the collapse terms that their centers cannot follow, with ValueError."""
+    if not 0 <= args.centers_momentum < 1:
+        raise ValueError(f"`centers_momentum` must lie in [0, 1), got {args.centers_momentum}.")
     if args.replicate_leak and args.centers != "learned":
         raise ValueError(
             f"`replicate_leak` holds learned centers where they were drawn, and `centers` is {args.centers}. "

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nc_hf.choices import check_choice
 from nc_hf.losses.class_means import gather_with_gradient
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.losses.contrastive import (
@@ -62,8 +63,7 @@ class ContrastiveSettings:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.method not in get_args(ContrastiveMethod):
-            raise ValueError(f"`method` must be one of {', '.join(get_args(ContrastiveMethod))}, got {self.method!r}.")
+        check_choice("method", self.method, get_args(ContrastiveMethod))
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
         if not 0 <= self.momentum < 1:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import set_seed
 
 from nc_hf.bilateral_task import BilateralTask
+from nc_hf.choices import check_choice
 from nc_hf.contrastive_task import ContrastiveSettings, ContrastiveTask
 from nc_hf.experts_task import ExpertsTask
 from nc_hf.losses.classification import SupervisedLoss
@@ -99,23 +100,27 @@ def build_task(
     return ClassificationTask(model, head_name, num_classes, **settings)
 
 
-OWN_SETTINGS = {
-    "contrastive": tuple(field.name for field in dataclasses.fields(ContrastiveSettings) if field.name != "seed"),
-    "experts": ("diversity_factor", "reweight_factor", "temperature"),
+CONTRASTIVE_SETTINGS = {
+    "fcl": ("method", "temperature", "dimension"),
+    "kcl": ("method", "temperature", "dimension", "positives", "queue", "momentum"),
+    "tsc": tuple(field.name for field in dataclasses.fields(ContrastiveSettings) if field.name != "seed"),
 }
+EXPERTS_SETTINGS = ("diversity_factor", "reweight_factor", "temperature")
 
 
 def _own_settings(objective: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of an objective, none of them unknown."""
-    known = OWN_SETTINGS.get(objective, ())
-    unknown = [name for name in given if name not in known]
-    if unknown:
+    """The settings of an objective, none of them unknown or without effect."""
+    known = EXPERTS_SETTINGS
+    if objective == "contrastive":
+        if "method" not in given:
+            raise ValueError(
+                "`objective: contrastive` needs its method: set objective_settings: {method: fcl, kcl or tsc}."
+            )
+        check_choice("method", given["method"], CONTRASTIVE_SETTINGS)
+        objective, known = given["method"], CONTRASTIVE_SETTINGS[given["method"]]
+    if unknown := [name for name in given if name not in known]:
         raise ValueError(
-            f"`objective_settings` of {objective} are {', '.join(known) or 'none'}; there is no {', '.join(unknown)}."
-        )
-    if objective == "contrastive" and "method" not in given:
-        raise ValueError(
-            "`objective: contrastive` needs its method: set objective_settings: {method: fcl, kcl or tsc}."
+            f"`objective_settings` of {objective} are {', '.join(known)}; it has no {', '.join(unknown)}."
         )
     return given
 
@@ -132,8 +137,15 @@ def _check_network(model: nn.Module, objective: str) -> None:
 
 
 def _supervised_loss(args: NCTrainingArguments, class_counts: np.ndarray | None) -> SupervisedLoss:
-    smoothing = {"label_smoothing": args.label_smoothing_factor} if args.label_smoothing_factor else {}
-    return SupervisedLoss(args.loss, class_counts, counts=args.loss_counts, **smoothing, **args.loss_settings)
+    settings = dict(args.loss_settings)
+    if args.label_smoothing_factor:
+        if "label_smoothing" in settings:
+            raise ValueError(
+                f"`label_smoothing_factor` is {args.label_smoothing_factor}, and `label_smoothing` of loss_settings "
+                f"{settings['label_smoothing']}: labels would be smoothed twice. Set one of them."
+            )
+        settings["label_smoothing"] = args.label_smoothing_factor
+    return SupervisedLoss(args.loss, class_counts, counts=args.loss_counts, **settings)
 
 
 def _collapse_loss(

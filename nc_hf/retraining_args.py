@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nc_hf.argument_checks import LEVELLING_SAMPLERS, PRIOR_LOSSES
+from nc_hf.choices import check_choices
 from nc_hf.sampling import SamplerName
 from nc_hf.training_args import NCTrainingArguments
 
@@ -81,6 +82,7 @@ class RetrainingArguments(NCTrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse what cannot act on a frozen backbone."""
+        check_choices(self, RetrainingArguments)
         if self.within_weight or self.between_weight:
             raise ValueError(
                 f"stage two trains the head alone, where the collapse terms have no gradient: got within_weight="

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nc_hf.choices import check_choice
 from nc_hf.data.images import ImageSet
 from nc_hf.results import aligned
 
@@ -53,8 +54,7 @@ class NoisyImages(Dataset):
 
     def __init__(self, images: ImageSet, std: float, scale: NoiseScale = "normalized", seed: int = 0) -> None:
         check_noise(std, seed)
-        if scale not in get_args(NoiseScale):
-            raise ValueError(f"`scale` must be one of {', '.join(get_args(NoiseScale))}, got {scale!r}.")
+        check_choice("scale", scale, get_args(NoiseScale))
         self.images, self.std, self.seed = images, std, seed
         self._divisor = torch.tensor(images.transform.std)[:, None, None] if scale == "pixels" else torch.ones(1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from nc_hf.choices import check_choice
 from nc_hf.rebalancing import class_weights
 
 SamplerName = Literal[
@@ -31,7 +32,7 @@ IMAGES_PER_CLASS = 4  # in a row by "class_aware", as decoupling and MiSLAS
 class EpochSampler(Sampler):
     """Draws of one epoch as a function of (seed, epoch) alone, so all processes see one stream and resume is exact.
 
-    `"instance"` shuffles. The others draw as many images as there are, with replacement:
+    `"instance"` shuffles. The others draw as many images as there are, and but for `"class_aware"` with replacement:
 
     * `"class_balanced"`: class k with probability 1/K, an image with one in proportion to 1/n_k;
     * `"square_root"`: class k in proportion to n_k^(1/2) (Kang et al. 2020);
@@ -74,8 +75,7 @@ class EpochSampler(Sampler):
         with_draws: bool = False,
         effective_number_beta: float = 0.9999,
     ) -> None:
-        if name not in NAMES:
-            raise ValueError(f"`sampler` must be one of {', '.join(NAMES)}, got {name!r}.")
+        check_choice("sampler", name, NAMES)
         if name == "progressive" and not (num_epochs and num_epochs > 0):
             raise ValueError(
                 "`sampler: progressive` needs the length of the run: set num_train_epochs, not max_steps."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nc_hf.choices import check_choice
 from nc_hf.labels import label_counts
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
@@ -15,6 +16,8 @@ from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
 from nc_hf.models.feature_tap import apply_head
 
 logger = logging.getLogger(__name__)
+
+MixupRule = Literal["weighted", "dominant", "first"]
 
 
 class Update(NamedTuple):
@@ -55,6 +58,9 @@ class ClassificationTask(nn.Module):
         moving_statistics: let the batch norms of a frozen backbone follow the images (MiSLAS's shifted BatchNorm).
         mixup_rule: labels of a mixed feature in the collapse terms, `"weighted"` (both), `"dominant"` or `"first"`.
         within_counts: (K,) the n_k of L_W; those of the update when None.
+
+    Raises:
+        ValueError: for an unknown `mixup_rule`.
     """
 
     accepts_loss_kwargs = False
@@ -72,10 +78,11 @@ class ClassificationTask(nn.Module):
         class_weights: Tensor | None = None,
         freeze_backbone: bool = False,
         moving_statistics: bool = False,
-        mixup_rule: str = "weighted",
+        mixup_rule: MixupRule = "weighted",
         within_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
+        check_choice("mixup_rule", mixup_rule, MixupRule.__args__)
         self.classifier, self.head_name, self.num_classes = model, head_name, num_classes
         self.collapse, self.mixup_rule = collapse, mixup_rule
         self.supervised = SupervisedLoss("ce") if supervised is None else supervised
@@ -221,6 +228,7 @@ class ClassificationTask(nn.Module):
             partner_labels=partners if self.mixup_rule == "weighted" else None,
             mixing=update.mixing,
             class_counts=update.counts if self.within_counts is None else self.within_counts,
+            batches=update.batches,
         )
         if "between" in terms:  # whole in every accumulated batch, unlike sums over images
             terms["between"] = terms["between"] / update.batches

@@ -19,12 +19,14 @@ from nc_hf.argument_checks import (
     check_ranges,
     check_schedule,
 )
+from nc_hf.choices import check_choices
 from nc_hf.losses.classification import SUPERVISED_LOSSES, loss_entry
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
 from nc_hf.precision import Precision, check_precision, choose_precision
 from nc_hf.rebalancing import ClassWeighting
 from nc_hf.sampling import NAMES as SAMPLERS
 from nc_hf.sampling import SamplerName
+from nc_hf.task import MixupRule
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +149,7 @@ class NCTrainingArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "CutMix with lambda ~ Beta(alpha, alpha); 0 is off. With mixup: either, by chance."},
     )
-    mixup_rule: Literal["weighted", "dominant", "first"] = field(
+    mixup_rule: MixupRule = field(
         default="weighted",
         metadata={
             "help": "Labels of a mixed feature in the collapse terms: both, weighted by lambda; the one of the larger "
@@ -227,6 +229,7 @@ class NCTrainingArguments(TrainingArguments):
                 raise ValueError(message) from error
 
     def _check(self) -> None:
+        check_choices(self, NCTrainingArguments)
         check_ranges(self)
         check_precision(self)
         loss_entry(self.loss, self.loss_settings)

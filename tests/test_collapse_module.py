@@ -75,6 +75,17 @@ def test_running_means_follow_their_formula_and_push_the_batch():
     assert torch.equal(loss.centers, before)
 
 
+def test_running_means_take_one_step_an_update_however_many_batches_it_has():
+    features, labels = torch.randn(6, 2), torch.tensor([0, 0, 1, 1, 2, 2])
+    whole, parts = (NeuralCollapseLoss(3, 2, momentum=0.9) for _ in "ab")
+    for loss in (whole, parts):
+        loss(torch.ones(6, 2), labels)
+    whole(features, labels)
+    for _ in range(4):
+        parts(features, labels, batches=4)
+    torch.testing.assert_close(parts.centers, whole.centers)
+
+
 def test_mixed_images_belong_to_both_classes_in_their_proportion():
     torch.manual_seed(0)
     loss = NeuralCollapseLoss(3, 4, 0.5, 0.0, centers="learned")

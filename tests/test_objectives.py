@@ -79,6 +79,8 @@ def test_every_objective_trains_with_and_without_the_terms(images, tmp_path, mod
         (KCL | {"per_device_train_batch_size": 35}, "needs an even per_device_train_batch_size.* got 35"),
         (KCL | {"mixup_alpha": 0.2}, "`objective: contrastive` goes without `mixup_alpha`: set it to 0"),
         (KCL | {"loss": "mse"}, "`objective: contrastive` goes without `loss`: set it to ce"),
+        (KCL | {"loss_settings": {"label_smoothing": 0.1}}, "goes without `loss_settings`: set it to {}"),
+        (KCL | {"auto_find_batch_size": True}, "`auto_find_batch_size` tries odd ones as well. Set per_device_train"),
         (BBN | {"class_weighting": "inverse"}, "goes without `class_weighting`: set it to none"),
         (BBN | {"loss": "arb"}, "would count the uniform half of each batch alone"),
         (BBN | {"objective_settings": {"alpha": 1}}, "`objective: bilateral` has no settings"),
@@ -97,13 +99,23 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path, settings, messag
         ("resnet32_cifar", BBN, "`objective: bilateral` needs a network such as resnet32_bbn_cifar"),
         (
             "resnet32_cifar",
+            {"label_smoothing_factor": 0.1, "loss_settings": {"label_smoothing": 0.2}},
+            "is 0.1, and `label_smoothing` of loss_settings 0.2: labels would be smoothed twice",
+        ),
+        (
+            "resnet32_cifar",
             KCL | {"objective_settings": {"queue": 72}},
             "set objective_settings: {method: fcl, kcl or",
         ),
         (
+            "resnet32_cifar",
+            KCL | {"objective_settings": {"method": "fcl", "queue": 72}},
+            "`objective_settings` of fcl are method, temperature, dimension; it has no queue",
+        ),
+        (
             "resnet32_ride_cifar",
             RIDE | {"objective_settings": {"diversity": -1}},
-            "`objective_settings` of experts are diversity_factor, .* there is no diversity",
+            "`objective_settings` of experts are diversity_factor, .*; it has no diversity",
         ),
     ],
 )

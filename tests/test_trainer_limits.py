@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from small_images import SmallImages, SmallStream, network_without_batch_statist
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import Trainer, ViTConfig, ViTForImageClassification
+from transformers import TrainingArguments as Arguments
 
 from nc_hf import save_pretrained
 from nc_hf.models.classifier import load_classifier
@@ -79,12 +82,24 @@ def test_the_beta_of_the_effective_number_reaches_the_sampler(tmp_path):
         ({"precision": "bf16", "bf16": False}, "`precision: bf16` and `bf16: False` contradict each other"),
         ({"precision": "fp16", "fp16": False}, "`precision: fp16` and `fp16: False` contradict each other"),
         ({"precision": "auto", "bf16": True, "fp16": True}, "`bf16` and `fp16` are both True"),
-        ({"precision": "half"}, "`precision` must be one of auto, fp32, bf16, fp16, got 'half'"),
+        ({"lr_milestones": 0.8}, "`lr_milestones` must be a list of epochs, such as .*, got 0.8"),
+        ({"centers_momentum": 1.0}, r"`centers_momentum` must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_numbers_and_precisions_that_no_run_can_have_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         NCTrainingArguments(str(tmp_path), report_to="none", **settings)
+
+
+@pytest.mark.parametrize("cls", [NCTrainingArguments, RetrainingArguments])
+def test_a_word_that_is_no_choice_is_refused(tmp_path, cls):
+    own = {field.name for field in dataclasses.fields(cls)} - {field.name for field in dataclasses.fields(Arguments)}
+    names = [name for name in own if "Literal" in str(get_type_hints(cls)[name])]
+    assert {"objective", "mixup_rule", "within_counts", "center_init", "precision", "sampler"} <= set(names)
+    assert cls is NCTrainingArguments or {"features", "head_init", "backbone_statistics"} <= set(names)
+    for name in names:
+        with pytest.raises(ValueError, match=f"{name}.*domnant"):
+            cls(str(tmp_path), report_to="none", **{name: "domnant"})
 
 
 def test_updates_instead_of_epochs_and_a_learning_rate_of_0_are_no_mistake(tmp_path):

@@ -18,6 +18,8 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torchvision.transforms import v2
 
+from nc_hf.choices import check_choice
+
 Augmentation = Literal["none", "crop", "crop_flip", "auto_augment", "resized_crop", "rand_augment"]
 
 BATCHED = ("none", "crop", "crop_flip", "auto_augment")
@@ -64,9 +66,7 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         """Check the name of the augmentation."""
-        known = Augmentation.__args__
-        if self.augmentation not in known:
-            raise ValueError(f"`augmentation` must be one of {', '.join(known)}, got {self.augmentation!r}.")
+        check_choice("augmentation", self.augmentation, Augmentation.__args__)
 
     @property
     def is_batched(self) -> bool:

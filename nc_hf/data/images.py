@@ -25,6 +25,7 @@ from datasets.utils.file_utils import is_local_path, xopen
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nc_hf.choices import check_choice
 from nc_hf.data.augment import ImageTransform
 from nc_hf.data.columns import dataset_labels, find_image_column
 
@@ -250,12 +251,8 @@ def load_images(
     Raises:
         ValueError: for an unknown choice, an unreadable image, or when resident images cannot have the augmentation.
     """
-    for name, value, choices in (
-        ("input_path", input_path, ("auto", "resident", "streamed")),
-        ("on_bad_image", on_bad_image, ("error", "skip")),
-    ):
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+    check_choice("input_path", input_path, InputPath.__args__)
+    check_choice("on_bad_image", on_bad_image, ("error", "skip"))
     needed = len(dataset) * transform.size[0] * transform.size[1] * 3
     room = min(MAX_RESIDENT_BYTES, psutil.virtual_memory().available // 4)
     chosen = input_path

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nc_hf.choices import check_choice
 from nc_hf.labels import label_counts
 from nc_hf.losses import long_tail
 from nc_hf.losses.precision import at_least_float32
@@ -151,8 +152,7 @@ def loss_entry(name: str, settings: Iterable[str] = ()) -> LossEntry:
     Raises:
         ValueError: for an unknown loss or setting.
     """
-    if name not in SUPERVISED_LOSSES:
-        raise ValueError(f"`loss` must be one of {', '.join(SUPERVISED_LOSSES)}, got {name!r}.")
+    check_choice("loss", name, SUPERVISED_LOSSES)
     entry = SUPERVISED_LOSSES[name]
     if unknown := sorted(set(settings) - set(entry.settings)):
         known = ", ".join(entry.settings) or "none"

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nc_hf.choices import check_choice
 from nc_hf.labels import check_labels, label_counts
 from nc_hf.losses.class_means import class_means, gather_with_gradient
 from nc_hf.losses.nearest_angle import NearestAngles, gram_norm
@@ -56,7 +57,7 @@ def within_class_loss(
         ValueError: if `reduction` is not one of the three, for shapes that do not fit, and for labels that are not one
             integer an image; outside [0, K) on a CPU, where looking at them costs nothing.
     """
-    _check_choice("reduction", reduction, Reduction.__args__)
+    check_choice("reduction", reduction, Reduction.__args__)
     _check_batch(features, labels, centers.shape)
     features, centers = at_least_float32(features), at_least_float32(centers)
     counts = label_counts(labels, len(centers)) if class_counts is None else class_counts
@@ -98,7 +99,7 @@ def between_class_loss(
     Raises:
         ValueError: if `objective` is not one of the three.
     """
-    _check_choice("objective", objective, ("mean", "min", "gram"))
+    check_choice("objective", objective, ("mean", "min", "gram"))
     centers = at_least_float32(centers)
     if present is None:
         present = torch.ones(len(centers), dtype=torch.bool, device=centers.device)
@@ -144,7 +145,7 @@ class NeuralCollapseLoss(nn.Module):
         feature_scale: `"none"` leaves L_W in squared units of the features, as the paper; `"rms"` divides it by the
             mean squared norm of the features at hand (no gradient flows through that), so that lambda_1 means the
             same for a ResNet and for the LayerNorm outputs of a transformer. Not with learned centers.
-        momentum: of the running means.
+        momentum: of the running means, of one update.
         class_counts: (K,) training images per class; with learned centers, classes without any are left out of L_B and
             of the mean center. The other kinds know a class from its first image on.
         num_experts: E, whose features stand side by side in P (RIDE). Each has terms of its own, which are averaged,
@@ -172,10 +173,10 @@ class NeuralCollapseLoss(nn.Module):
         num_experts: int = 1,
     ) -> None:
         super().__init__()
-        _check_choice("centers", centers, ("learned", "batch", "ema"))
-        _check_choice("between_objective", between_objective, ("mean", "min", "gram"))
-        _check_choice("within_reduction", within_reduction, Reduction.__args__)
-        _check_choice("feature_scale", feature_scale, ("none", "rms"))
+        check_choice("centers", centers, ("learned", "batch", "ema"))
+        check_choice("between_objective", between_objective, ("mean", "min", "gram"))
+        check_choice("within_reduction", within_reduction, Reduction.__args__)
+        check_choice("feature_scale", feature_scale, ("none", "rms"))
         for name, value in (("within_weight", within_weight), ("between_weight", between_weight)):
             if not value >= 0:
                 raise ValueError(f"`{name}` must be at least 0, got {value}. Use 0 to switch the term off.")
@@ -238,6 +239,7 @@ class NeuralCollapseLoss(nn.Module):
         partner_labels: Tensor | None = None,
         mixing: float | Tensor = 1.0,
         class_counts: Tensor | None = None,
+        batches: int = 1,
     ) -> dict[str, Tensor]:
         """The weighted terms of one batch.
 
@@ -248,6 +250,7 @@ class NeuralCollapseLoss(nn.Module):
                 mixing * L_W(labels) + (1 - mixing) * L_W(partner_labels), and means weigh images alike.
             mixing: the mixup coefficient lambda in [0, 1].
             class_counts: (K,) the n_k of L_W; see `within_class_loss`.
+            batches: accumulated in the update; running means take their one step an update in equal parts.
 
         Returns:
             `{"within": lambda_1 L_W, "between": lambda_2 L_B}`, scalars; a term of weight 0 is left out.
@@ -261,7 +264,7 @@ class NeuralCollapseLoss(nn.Module):
         assignments = [(labels, 1.0)] if partner_labels is None else [(labels, mixing), (partner_labels, 1 - mixing)]
         with torch.autocast(features.device.type, enabled=False):
             features = at_least_float32(features)
-            pull, push, present = self._centers(features, assignments)
+            pull, push, present = self._centers(features, assignments, batches)
             terms = {}
             if self.within_weight:
                 pairs = zip(self._by_expert(features), self._by_expert(pull), strict=True)
@@ -296,7 +299,7 @@ class NeuralCollapseLoss(nn.Module):
         return self.within_weight / squares.mean().clamp(min=1e-12)
 
     def _centers(
-        self, features: Tensor, assignments: list[tuple[Tensor, float | Tensor]]
+        self, features: Tensor, assignments: list[tuple[Tensor, float | Tensor]], batches: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Centers for L_W, centers for L_B, and which classes take part in L_B."""
         if self.mode == "learned":
@@ -310,14 +313,14 @@ class NeuralCollapseLoss(nn.Module):
         if self.mode == "batch":
             return means, means, present
         if self.training:
-            self._update(means.detach(), present)
+            self._update(means.detach(), present, self.momentum ** (1 / batches))
         # The classes are a copy, since the buffer changes in place at the next step.
         return self.centers, self.centers + (means - means.detach()), self.seen.clone()
 
     @torch.no_grad()
-    def _update(self, means: Tensor, present: Tensor) -> None:
+    def _update(self, means: Tensor, present: Tensor, momentum: float) -> None:
         present = present & (means.abs().amax(dim=1) < torch.inf)  # one overflow must not stay for good
-        blended = torch.lerp(self.centers, means, 1 - self.momentum)
+        blended = torch.lerp(self.centers, means, 1 - momentum)
         updated = torch.where(self.seen[:, None], blended, means)
         self.centers.copy_(torch.where(present[:, None], updated, self.centers))
         self.seen.logical_or_(present)
@@ -325,11 +328,6 @@ class NeuralCollapseLoss(nn.Module):
 
 def _mean(losses: list[Tensor]) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _check_batch(features: Tensor, labels: Tensor, centers_shape: tuple[int, ...]) -> None:

@@ -216,7 +216,8 @@ def lade(logits: Tensor, labels: Tensor, counts: Tensor, *, weight: float = 0.1,
         mean_{i: y_i = k} z_ik - R_k - lambda R_k^2,    R_k = log mean_i exp(z_ik - log(K pi_k)).
 
     It is added to each image, so the mean over images is the authors' loss. A class absent from the batch has no
-    first part.
+    first part. The batch is that of one process before accumulation: the second part of a larger one is not the mean
+    of those of its parts.
 
     Args:
         logits: (B, K) floating point; computed in at least float32.
