@@ -38,16 +38,6 @@ def tau_normalized(weight: Tensor, tau: float) -> LinearHead:
     return LinearHead(weight / norms.clamp(min=1e-12) ** tau, weight.new_zeros(len(weight)))
 
 
-def scaled(head: LinearHead, scale: Tensor) -> LinearHead:
-    """A head with each class's logit multiplied by its learned scale (LWS, Kang et al. 2020; bias too, as MiSLAS).
-
-    Args:
-        head: of stage one.
-        scale: (K,).
-    """
-    return LinearHead(scale[:, None] * head.weight, scale * head.bias)
-
-
 def nearest_class_mean(means: Tensor, counts: Tensor) -> LinearHead:
     """The head that predicts the class of the nearest mean: h mu_k - ||mu_k||^2 / 2.
 

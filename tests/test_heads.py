@@ -14,7 +14,6 @@ from nc_hf.heads import (
     least_squares,
     logit_adjusted,
     nearest_class_mean,
-    scaled,
     tau_normalized,
 )
 from nc_hf.metrics import class_means
@@ -58,17 +57,6 @@ def test_nearest_class_mean_is_the_authors(golden):
         # Twice our logits and minus the squared distance differ by ||h||^2, the same for all classes.
         distances = 2 * logits - features.square().sum(dim=1, keepdim=True)
         torch.testing.assert_close(distances, tensor(case["outputs"]["logits"]))
-
-
-def test_scaling_is_the_authors(golden):
-    for case in golden("lws"):
-        logits, scale = tensor(case["inputs"]["logits"]), tensor(case["inputs"]["f"])[0]
-        features, labels = features_of([9, 9], 3)
-        head = LinearHead(torch.randn(len(scale), 3).double(), torch.randn(len(scale)).double())
-        torch.testing.assert_close(scaled(head, scale).logits(features), scale * head.logits(features))
-        # With features that are the logits themselves the head is the identity.
-        whole = LinearHead(torch.eye(len(scale)).double(), torch.zeros(len(scale)).double())
-        torch.testing.assert_close(scaled(whole, scale).logits(logits), tensor(case["outputs"]["scaled"]))
 
 
 def test_adjustment_after_training_is_the_authors(golden):

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 from small_images import SmallImages
+from torch import nn
 from transformers import TrainerCallback
 
-from nc_hf.heads import LinearHead, scaled
 from nc_hf.hub import load_heads, load_pretrained
 from nc_hf.models.classifier import load_classifier
 from nc_hf.models.headed import replace_head
 from nc_hf.models.saved_heads import stage_one_state
-from nc_hf.retraining import TAUS, max_norm_radius, project_rows, retrain_classifier
+from nc_hf.retraining import TAUS, HeadTrainer, max_norm_radius, project_rows, retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
@@ -141,11 +141,20 @@ def test_lws_learns_a_factor_of_each_class_alone(trained, images, tmp_path, feat
     assert set(model.fc.state_dict()) == {"weight", "bias"} == set(trainer.heads["lws"])
 
 
-def test_a_factor_scales_the_logit_with_its_bias_as_the_authors(golden):
+def test_a_factor_scales_the_logit_with_its_bias_as_the_authors(golden, tmp_path):
     for case in golden("lws"):
-        logits, factors = (torch.tensor(case["inputs"][name], dtype=torch.float64) for name in ("logits", "f"))
-        head = scaled(LinearHead(torch.eye(logits.shape[1], dtype=torch.float64), torch.zeros(1)), factors.flatten())
-        torch.testing.assert_close(head.logits(logits), torch.tensor(case["outputs"]["scaled"], dtype=torch.float64))
+        logits, factors, wanted = map(torch.tensor, (*case["inputs"].values(), case["outputs"]["scaled"]))
+        model, _ = load_classifier("resnet20_cifar", logits.shape[1])
+        model.fc = nn.Linear(64, logits.shape[1])
+        with torch.no_grad():  # features whose logits are the case's
+            model.fc.weight.copy_(torch.eye(*model.fc.weight.shape))
+            model.fc.bias.fill_(3.0)
+        features = torch.nn.functional.pad(logits - 3.0, (0, 64 - logits.shape[1]))
+        trainer = HeadTrainer(model, arguments(tmp_path), learns_scales=True)
+        model.fc.scale.data.copy_(factors[0])
+        torch.testing.assert_close(model.fc(features), wanted)
+        trainer.finish_head()
+        torch.testing.assert_close(model.fc(features), wanted)
 
 
 def test_with_a_share_of_the_learning_rate_lws_moves_the_weights_too(trained, images, tmp_path):
