@@ -15,6 +15,9 @@ from nc_hf.trainer import NCTrainer
 class CollapseCallback(TrainerCallback):
     """Measures the geometry of the training features every few epochs, and after the last one.
 
+    Where training stops early, the last measurement is of the classifier as it ends: with `load_best_model_at_end`,
+    of the best one.
+
         trainer = NCTrainer(model, args, train_dataset=train)
         trainer.add_callback(CollapseCallback(trainer, every=10))
 
@@ -40,14 +43,25 @@ class CollapseCallback(TrainerCallback):
         if every < 1:
             raise ValueError(f"`every` must be at least 1 epoch, got {every}. Leave the callback out to skip it.")
         self.trainer, self.every, self.dataset = trainer, every, dataset
+        self._is_due = False  # an epoch has ended that was not measured
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure and log, where the epoch is one of those."""
-        epoch = round(state.epoch)
-        if epoch % self.every and state.global_step < state.max_steps:
-            return
+        self._is_due = bool(round(state.epoch) % self.every) and state.global_step < state.max_steps
+        if not self._is_due:
+            self._measure(control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure and log, where training stopped before its last epoch."""
+        if self._is_due:
+            self._is_due = False
+            self._measure(control)
+
+    def _measure(self, control: TrainerControl) -> None:
         dataset = self.trainer.train_dataset if self.dataset is None else self.dataset
         # A data loader draws a seed, which would shift every later draw of the run, and images may draw more.
         with unmoved_random_state(), self.trainer.keeping_features():

@@ -69,11 +69,13 @@ def class_accuracy_figure(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        lines, positions, small = [], np.arange(len(counts)), {"markersize": 5 if len(counts) <= 100 else 2}
+        lines, positions, size = [], np.arange(len(counts)), 5 if len(counts) <= 200 else 2
+        points = {"markersize": size, "clip_on": False}
         for number, (name, accuracies) in enumerate(per_class_accuracy.items()):
             values = np.array([np.nan if a is None else 100 * a for a in _of_length(accuracies, len(counts), name)])
-            line = {"linestyle": "-" if len(counts) <= MOST_NAMES else "none", **small}
-            lines += upper.plot(positions, values[order], **_look(number), **line)
+            if len(counts) > MOST_NAMES:  # points without a line, rings so that equal ones are all seen
+                points |= {"linestyle": "none", "markerfacecolor": "none", "markersize": size + 2 * number}
+            lines += upper.plot(positions, values[order], **_look(number), **points)
         upper.set(ylabel="accuracy (%)", ylim=(-3, 103))
         _legend(upper, lines, per_class_accuracy)
         lower.bar(positions, counts[order], color=BARS, width=0.8 if len(counts) <= 200 else 1.0)
@@ -119,22 +121,27 @@ def angle_figure(
         class_names: K names, shown where there is room.
 
     Raises:
-        ValueError: for a mean that is not finite.
+        ValueError: for a mean that is not finite, or fewer than two classes.
     """
+    if len(_present(class_counts)) < 2:
+        raise ValueError(f"angles are between class means: at least 2 classes need images, got {list(class_counts)}.")
     angles = {name: pairwise_angles(_centered(mean, class_counts, name)).numpy() for name, mean in means.items()}
     for matrix in angles.values():
         np.fill_diagonal(matrix, np.nan)
     best, reachable = best_angle(len(next(iter(angles.values()))), next(iter(means.values())).shape[1])
-    low, high = min(map(np.nanmin, angles.values())), max(best, *map(np.nanmax, angles.values()))
+    # Where class means coincide there is no angle.
+    defined = [matrix[np.isfinite(matrix)] for matrix in angles.values()]
+    known = np.concatenate([*defined, [best]])
     with mpl.rc_context(STYLE):
         width = WIDTH if len(angles) > 1 else 0.65 * WIDTH
         figure = Figure(figsize=(width, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(angles)))
         order = _present(class_counts)
         names = [_plain(class_names[k]) for k in order] if class_names and len(order) <= MOST_MATRIX_NAMES else []
-        for ax, (name, matrix) in zip(axes, angles.items(), strict=True):
-            image = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
-            ax.set_title(f"{_plain(name)}\nsmallest {np.nanmin(matrix):.1f}°", fontsize=10)
+        for ax, (name, matrix), found in zip(axes, angles.items(), defined, strict=True):
+            image = ax.imshow(matrix, cmap="viridis", vmin=known.min(), vmax=known.max(), interpolation="nearest")
+            smallest = f"smallest {found.min():.1f}°" if len(found) else "no angle is defined"
+            ax.set_title(f"{_plain(name)}\n{smallest}", fontsize=10)
             ax.spines[:].set_visible(True)
             if names:
                 ax.set_xticks(range(len(names)), names, rotation=90)
@@ -253,8 +260,9 @@ def _log_scale(ax: Axes, numbers: str) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(StrMethodFormatter(numbers))
     low, high = ax.get_ylim()
-    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # all nine would run into each other
-    ax.yaxis.set_minor_formatter(StrMethodFormatter(numbers) if high < 20 * low else NullFormatter())
+    # All nine would run into each other.
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high < 20 * low else (2, 5)))
+    ax.yaxis.set_minor_formatter(StrMethodFormatter(numbers) if high < 200 * low else NullFormatter())
 
 
 def _look(number: int) -> dict[str, str]:

@@ -223,7 +223,8 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
     Args:
         folder: to write to.
         results: from `inspect_classifier`.
-        means: class means (K, P) by split, zero for a class without images, which no figure then has.
+        means: class means (K, P) by split, zero for a class without images, which no figure then has, and
+            fewer than two classes have none of angles and norms.
     """
     from nc_hf.figures import angle_figure, class_accuracy_figure, norm_figure, save_figure
 
@@ -232,11 +233,9 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
     accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
     panels = {f"{name} images": split_means for name, split_means in means.items()}
     seen = [n if all(split_means[k].any() for split_means in means.values()) else 0 for k, n in enumerate(counts)]
-    figures = {
-        "classes": class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds),
-        "angles": angle_figure(panels, seen),
-        "norms": norm_figure(panels, seen),
-    }
+    figures = {"classes": class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds)}
+    if sum(n > 0 for n in seen) > 1:
+        figures |= {"angles": angle_figure(panels, seen), "norms": norm_figure(panels, seen)}
     for name, figure in figures.items():
         save_figure(figure, folder / name, svg=True)
 

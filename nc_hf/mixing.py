@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+MixupRule = Literal["weighted", "dominant", "first"]  # labels of a mixed feature in the collapse terms
 
 
 class Mixing(NamedTuple):

@@ -26,8 +26,8 @@ PICTURES = {  # what a screen reader says, and the caption
     ),
     "angles": (
         "Angles between class means",
-        "Angles between the centered class means of the training features (Figure 2 of the paper). Collapsed features "
-        "have one color, that of the line on the scale.",
+        "Angles between the centered class means of the training features (Figure 2 of the paper). The line on the "
+        "scale is the best that the smallest of them can be: collapsed features have no pair below it.",
     ),
     "norms": (
         "Norms of class means",

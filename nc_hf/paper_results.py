@@ -26,6 +26,7 @@ LOSSES = {
     "dot_regression": "ETF classifier+DR",
 }
 HEADS = {"crt": "cRT", "lws": "LWS"}
+EPOCHS = 200  # of Table 3
 
 
 def method_name(recipe: Recipe, head: str = "base") -> str:
@@ -62,7 +63,12 @@ def _learner(recipe: Recipe) -> str:
         return "BBN"
     if stage["objective"] == "contrastive":
         return stage["objective_settings"].get("method", "contrastive").upper()
-    return LOSSES.get(stage["loss"], stage["loss"])
+    added = {
+        "label smoothing": stage.get("label_smoothing_factor", 0) > 0,
+        "CutMix": stage["cutmix_alpha"] > 0,
+        "AutoAugment": recipe.data.augmentation == "auto_augment",
+    }
+    return "+".join([LOSSES.get(stage["loss"], stage["loss"]), *(name for name, on in added.items() if on)])
 
 
 def _terms(stage: Mapping[str, Any]) -> str:
@@ -74,7 +80,7 @@ def _terms(stage: Mapping[str, Any]) -> str:
 
 
 def paper_accuracy(results: Mapping[str, Any], head: str) -> float | None:
-    """Top-1 accuracy (%) that Table 3 prints for a run's data, network and method; None where it has no such row.
+    """Top-1 accuracy (%) that Table 3 prints for a run's data, network, epochs and method; None where it has none.
 
     Args:
         results: content of a `results.json`.
@@ -85,5 +91,7 @@ def paper_accuracy(results: Mapping[str, Any], head: str) -> float | None:
         return None
     if results.get("split") != "test" or data.get("test_split") or data.get("validation_fraction"):
         return None  # not the paper's test images, or not all of its training images
+    if results.get("training", {}).get("stage1", {}).get("epochs", EPOCHS) != EPOCHS:
+        return None
     rows = TABLE3.get((data["name"], data["imbalance_ratio"]), {})
     return rows.get(results.get("methods", {}).get(head))

@@ -130,7 +130,7 @@ def _draw_figures(
     if means_without_terms is not None:
         courses = {_method(twin): twin.get("geometry_course"), **courses}
         panels = {_method(twin): means_without_terms, **panels}
-    if means is not None:
+    if means is not None and sum(count > 0 for count in counts) > 1:
         save_figure(angle_figure(panels, counts, dataset["class_names"]), figures / "angles")
         save_figure(norm_figure(panels, counts, dataset["class_names"]), figures / "norms")
     if courses := {name: course for name, course in courses.items() if course}:

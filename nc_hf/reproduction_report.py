@@ -145,6 +145,8 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
             parts["schedule"] = f"learning rate times {stage['lr_decay']:g} at {milestones}"
         else:
             parts["schedule"] = "cosine" if stage["lr_cosine"] else f"{stage['lr_scheduler_type']} schedule"
+        if stage["warmup_epochs"]:
+            parts["warmup"] = f"warm-up up to {_when(stage['warmup_epochs'])}"
         parts["mixup"] = f"mixup {stage['mixup_alpha']:g}"
         if stage["cutmix_alpha"]:
             parts["cutmix"] = f"CutMix {stage['cutmix_alpha']:g}"
@@ -157,16 +159,23 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
             parts["sampler"] = f"{stage['sampler']} sampling"
         if stage["class_weighting"] != "none":
             parts["weighting"] = f"{stage['class_weighting']} weights"
-            if (start := stage["drw_epoch"]) is not None:
-                parts["weighting"] += f" from {start:g} of the run" if 0 < start < 1 else f" from epoch {start:g}"
+            if stage["drw_epoch"] is not None:
+                parts["weighting"] += f" from {_when(stage['drw_epoch'])}"
         terms = {"L_W": stage["within_weight"], "L_B": stage["between_weight"]}
         if any(terms.values()):
             weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.items() if weight)
             kind = {"mean": "", "images": " as center loss"}.get(stage["within_reduction"], " as a sum")
             parts["terms"] = f"{weights}{kind * bool(terms['L_W'])}, {stage['centers']} centers"
+            if stage["start_epoch"]:
+                parts["terms"] += f", from {_when(stage['start_epoch'])}"
     if head != "base" and recipe.stage2 is not None:
         parts["stage2"] = _second_stage(recipe, head) if head in TRAINED_HEADS else f"{head}, computed"
     return parts
+
+
+def _when(value: float) -> str:
+    """A number of epochs, or a share of the run."""
+    return f"{value:g} of the run" if 0 < value < 1 else f"epoch {value:g}"
 
 
 def _second_stage(recipe: Recipe, head: str) -> str:
@@ -216,20 +225,33 @@ def _claims(table: Table, setting: Setting, plans: Mapping[str, Plan], ours: Map
 def _gains(
     table: Table, setting: Setting, plans: Mapping[str, Plan], counted: Mapping[str, Sequence[Found]]
 ) -> list[str]:
-    """What NC adds to a row of the same settings by the first metric, over the seeds of both, beside the paper's."""
-    (metric, title), *_ = table.metrics.items()
-    lines = []
-    for name, other in ((name, f"{name}+NC") for name in plans if f"{name}+NC" in plans):
+    """What NC adds to a row of the same settings, over the seeds of both, beside the paper's.
+
+    By the accuracy of all classes, or where the table has none by its first metric.
+    """
+    metric = "accuracy" if "accuracy" in table.metrics else next(iter(table.metrics))
+    title, lines, gains = table.metrics[metric], [], []
+    pairs = [(plain, other) for plain in plans for other in _with_terms(plain) if other in plans]
+    for name, other in pairs:
         plain, with_nc = (
             {one.seed: one.value(plans[row].row.head, metric) for one in counted[row]} for row in (name, other)
         )
         seeds = [seed for seed in plain if None not in (plain[seed], with_nc.get(seed))]
         if seeds:
             gain = statistics.mean(with_nc[seed] - plain[seed] for seed in seeds)
+            gains.append(gain)
             before, after = (_printed(table, setting, row)[0] for row in (name, other))
             paper = "" if None in (before, after) else f", in the paper {after - before:+.1f}"
             lines.append(f"NC adds to {name} ({title}): {gain:+.1f} (seed {', '.join(map(str, seeds))}){paper}.")
+    if len(gains) > 1:
+        lines.append(f"NC helps {sum(round(gain, 1) > 0 for gain in gains)} of these {len(gains)} rows.")
     return [*lines, ""] if lines else []
+
+
+def _with_terms(name: str) -> tuple[str, ...]:
+    """What tables call the row of that name with NC."""
+    method, bracket, rest = name.partition(" (")
+    return f"{method}+NC{bracket}{rest}", f"{name} + NC"
 
 
 def _without(missing: Sequence[str]) -> str:

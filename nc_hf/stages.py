@@ -192,7 +192,8 @@ def _train_stage(
         wall["best_epoch"] = trainer.state.best_global_step / trainer.updates_per_epoch
     size = trainer.state.train_batch_size or args.per_device_train_batch_size  # as auto_find_batch_size may have it
     batch = size * args.gradient_accumulation_steps * args.world_size
-    return trainer, wall | speed | {"batch": batch, "processes": args.world_size}
+    told = {"epochs": float(args.num_train_epochs), "batch": batch, "processes": args.world_size}
+    return trainer, wall | speed | told
 
 
 def _validation_metrics(recipe: Recipe, images: dict[str, ImageSet]) -> Callable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,11 @@ from nc_hf.choices import check_choice
 from nc_hf.labels import label_counts
 from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
+from nc_hf.mixing import MixupRule
 from nc_hf.models.classifier import FeatureTap, check_tap, logits_of
 from nc_hf.models.feature_tap import apply_head
 
 logger = logging.getLogger(__name__)
-
-MixupRule = Literal["weighted", "dominant", "first"]
 
 
 class Update(NamedTuple):

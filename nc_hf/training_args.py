@@ -22,11 +22,11 @@ from nc_hf.argument_checks import (
 from nc_hf.choices import check_choices
 from nc_hf.losses.classification import SUPERVISED_LOSSES, loss_entry
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
+from nc_hf.mixing import MixupRule
 from nc_hf.precision import Precision, check_precision, choose_precision
 from nc_hf.rebalancing import ClassWeighting
 from nc_hf.sampling import NAMES as SAMPLERS
 from nc_hf.sampling import SamplerName
-from nc_hf.task import MixupRule
 
 logger = logging.getLogger(__name__)
 

@@ -234,8 +234,8 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
             if share:
                 os.sched_setaffinity(0, share)  # of this thread alone, and of the processes that it starts
             return run_and_collect(options, plan, seed, environment if processes_of(plan, seed) == 1 else {})
-        except (FileNotFoundError, ValueError) as error:
-            return str(error)
+        except Exception as error:  # whatever it is, the other runs go on
+            return f"{plan.target(seed)}: {type(error).__name__}: {error}"
         finally:
             slots.put((share, environment))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from small_images import SmallImages
 from small_runs import network
+from transformers import TrainerCallback
 
 from nc_hf import CollapseCallback, NCTrainer, NCTrainingArguments
 from nc_hf.evaluation import geometry_of
 
 
-def train(folder, *, measured: bool) -> NCTrainer:
+def train(folder, *, measured: bool, callbacks: Sequence[TrainerCallback] = ()) -> NCTrainer:
     args = NCTrainingArguments(
         str(folder), num_train_epochs=5, per_device_train_batch_size=36, mixup_alpha=0.2, precision="fp32",
         logging_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True,
@@ -19,6 +22,8 @@ def train(folder, *, measured: bool) -> NCTrainer:
     trainer = NCTrainer(network(), args, train_dataset=SmallImages())  # whose batch statistics must not move either
     if measured:
         trainer.add_callback(CollapseCallback(trainer, every=2))
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train()
     return trainer
 
@@ -34,6 +39,18 @@ def test_geometry_is_logged_every_so_many_epochs_and_at_the_end(measured):
     images = SmallImages()
     last = geometry_of(measured, images, measured.class_means(images))
     assert {name: records[-1][name] for name in last} == last
+
+
+class Stop(TrainerCallback):
+    """Ends training after the third epoch, later than callbacks before it are asked."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = round(state.epoch) == 3
+
+
+def test_training_that_stops_early_is_measured_at_its_end_too(tmp_path):
+    trainer = train(tmp_path, measured=True, callbacks=[Stop()])
+    assert [record["epoch"] for record in trainer.state.log_history if "nc1_variability" in record] == [2, 3]
 
 
 def test_the_losses_of_measured_epochs_are_logged_too(measured):

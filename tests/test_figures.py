@@ -70,6 +70,21 @@ def test_angles_leave_out_absent_classes_and_order_the_others():
     assert only.get_array().data[0, 1] == pytest.approx(math.degrees(math.acos(cosine)))
 
 
+def test_class_means_that_coincide_leave_the_other_panel_as_it_is():
+    dead, alive = torch.ones(4, 6), simplex(4, 6)
+    dead_first = angle_figure({"dead": dead, "alive": alive}, [4, 3, 2, 1])
+    assert heat_maps(dead_first)[1].get_clim() == heat_maps(angle_figure({"alive": alive}, [4, 3, 2, 1]))[0].get_clim()
+    assert "no angle is defined" in dead_first.axes[0].get_title()
+    with pytest.raises(ValueError, match=r"at least 2 classes need images, got \[4, 0\]"):
+        angle_figure({"one": simplex(2, 6)}, [4, 0])
+
+
+def test_equal_accuracies_of_many_classes_are_all_seen():
+    counts, accuracies = range(40, 0, -1), [0.5] * 40
+    lines = class_accuracy_figure(counts, {"base": accuracies, "crt": accuracies}).axes[0].lines
+    assert {line.get_markerfacecolor() for line in lines if len(line.get_xdata()) == 40} == {"none"}
+
+
 def test_classes_are_named_in_their_order_where_there_is_room():
     means, names = torch.randn(4, 6), ["one", "nine", "none", "two"]
     left, right, _ = angle_figure({"x": means, "y": means}, [1, 9, 0, 2], names).axes

@@ -29,6 +29,12 @@ def test_other_images_are_not_compared(change, printed):
     assert paper_accuracy(results, "base") == printed
 
 
+@pytest.mark.parametrize(("epochs", "printed"), [(200.0, 81.9), (30.0, None)])
+def test_a_shorter_run_is_not_compared(epochs, printed):
+    results = {"model": "resnet32_cifar", "split": "test", "methods": {"base": "NC-DRW"}, "dataset": DATA}
+    assert paper_accuracy(results | {"training": {"stage1": {"epochs": epochs}}}, "base") == printed
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -58,6 +64,9 @@ def test_methods_have_the_papers_names(settings, name):
         ("nc_ride", "base", "RIDE (3 experts)+NC"),
         ("center_loss", "base", "CE+Center Loss-DRW"),
         ("ce_crt", "lws", "CE-LWS"),
+        ("cutmix", "base", "CE+CutMix"),
+        ("label_smoothing", "base", "CE+label smoothing"),
+        ("auto_augment", "base", "CE+AutoAugment"),
     ],
 )
 def test_recipes_have_the_papers_names(recipe, head, name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from stored_results import COUNTS, RECIPES, TABLE3, cells, finished_run, measured, plan_for, store
 
-from nc_hf.paper_tables import CIFAR10, CIFAR10_LT, Row
+from nc_hf.paper_tables import CIFAR10, CIFAR10_LT, CIFAR100_LT, Row
 from nc_hf.recipe import load_recipe, recipe_digest
 from nc_hf.reproduction import TABLES, collect_run, matching_precision, plan_of_run, plan_row
-from nc_hf.reproduction_report import render_table
+from nc_hf.reproduction_report import protocol, render_table
 from nc_hf.results import write_results
 
 # ---- The data ----
@@ -87,6 +88,27 @@ def test_methods_of_one_backbone_come_from_one_run_on_a_schedule_of_their_own(tm
     store(plan, measured(plan, 0, 0.7))
     assert [cells(render_table(methods, short, plans), name)[3] for name in plans] == ["70.0", "71.0"]
     assert plan_row(short, methods.rows["DRW-cRT + NC"], RECIPES, tmp_path, epochs=30) == plan
+
+
+@pytest.mark.parametrize("name", ["CE", "RIDE (2 experts)"])
+def test_what_nc_adds_is_said_of_every_table(tmp_path, name):
+    methods, table5 = TABLES["methods"], TABLES["table5"]
+    for table, setting, other in (
+        (methods, methods.settings[0], f"{name} + NC"),
+        (table5, CIFAR100_LT, "LDAM-DRW+NC" if name == "CE" else "RIDE+NC (2 experts)"),
+    ):
+        name = "LDAM-DRW" if other == "LDAM-DRW+NC" else name
+        plans = {row: plan_for(row, tmp_path, table, setting) for row in (name, other)}
+        for row, accuracy in zip(plans, (0.5, 0.54), strict=True):
+            store(plans[row], measured(plans[row], 0, accuracy))
+        assert re.search(
+            rf"NC adds to {re.escape(name)} \(.*\): \+4.0 \(seed 0\)", render_table(table, setting, plans)
+        )
+
+
+def test_warm_up_and_the_start_of_the_terms_are_part_of_the_protocol():
+    told = protocol(load_recipe(RECIPES / "cifar100_lt/nc_drw_crt.yaml"))
+    assert told["warmup"] == "warm-up up to 0.025 of the run" and told["terms"].endswith("from 0.5 of the run")
 
 
 def test_a_run_in_other_batches_than_its_recipe_is_not_collected(tmp_path):

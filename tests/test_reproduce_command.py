@@ -124,12 +124,14 @@ def test_runs_at_a_time_have_cores_of_their_own_and_do_not_fail_together(tmp_pat
     assert gpus == {"3", "5"}
 
 
-def test_a_run_whose_results_are_refused_does_not_stop_the_others(tmp_path, script, monkeypatch):
+def test_a_run_that_goes_wrong_does_not_stop_the_others(tmp_path, script, monkeypatch):
     plan = plan_for("CE-DRW", tmp_path / "results")
 
     def run(command: list[str], stdout, stderr, env) -> subprocess.CompletedProcess:
         options = dict(zip(command, command[1:], strict=False))
         folder = Path(options["--output_dir"]) / options["--name"]
+        if options["--seed"] == "2":
+            raise OSError(28, "No space left on device")
         folder.mkdir(parents=True)
         finished_run(folder, plan, int(options["--seed"]))
         if options["--seed"] == "0":
@@ -141,9 +143,10 @@ def test_a_run_whose_results_are_refused_does_not_stop_the_others(tmp_path, scri
     monkeypatch.setattr(script.subprocess, "run", run)
     command = ["table3", "--dataset", "cifar10_lt", "--ratio", "100", "--rows", "CE-DRW", "--seeds", "4"]
     command += ["--jobs", "2", "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
-    with pytest.raises(SystemExit, match="was trained in batches of 7 on 1 processes"):
+    with pytest.raises(SystemExit, match="was trained in batches of 7 on 1 processes") as told:
         script.main(command)
-    assert [plan.target(seed).is_file() for seed in range(4)] == [False, True, True, True]
+    assert "seed2.json: OSError: [Errno 28] No space left on device" in str(told.value)
+    assert [plan.target(seed).is_file() for seed in range(4)] == [False, True, False, True]
 
 
 def test_a_model_that_is_gone_is_not_trained_again_for_its_noise(tmp_path, script, monkeypatch):
