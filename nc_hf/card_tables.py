@@ -69,6 +69,10 @@ def accuracy_table(results: Sequence[Mapping[str, Any]], twin: Mapping[str, Any]
 def _row(results: Sequence[Mapping[str, Any]], head: str, label: str) -> dict[str, str]:
     runs = [run["heads"][head] for run in results if head in run.get("heads", {})]
     method, printed = results[0].get("methods", {}).get(head), paper_accuracy(results[0], head)
+    if head in (taus := results[0].get("taus", {})):
+        chosen_on = results[0].get("taus_chosen_on")
+        where = "these images" if chosen_on == results[0].get("split") else f"{chosen_on} images"
+        label += f", tau {taus[head]:g}" + (f" (chosen on {where})" if chosen_on else "")
     row = {"label": f"{method}: {label}" if method else label, "paper": NONE}
     for key in COLUMNS.keys() - row.keys():
         values = [100 * run[key] for run in runs if key in run]

@@ -40,18 +40,26 @@ def evaluate_classifier(
         `per_class_accuracy`, `ece`, `mce`, and the number of `images`.
 
     Raises:
-        ValueError: for a data set whose images per class are not known.
+        ValueError: for a data set whose images per class are not known, or not those of its samples.
         RuntimeError: when images were left out or seen twice.
     """
-    if (expected := counts_of(dataset)) is None:
+    column = trainer.label_column if trainer.label_column in getattr(dataset, "column_names", ()) else None
+    if (expected := counts_of(dataset, column, len(class_counts))) is None:
         raise ValueError(
             f"the images per class of {type(dataset).__name__} are not known. Give it an attribute `class_counts` of "
-            "one integer per class."
+            "one integer per class, or `labels` of one integer per image."
         )
     batches = [(logits.cpu(), labels.cpu()) for _, logits, labels in trainer.iterate_features(dataset)]
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
-    if (seen := np.bincount(labels, minlength=len(class_counts))).tolist() != list(expected):
-        raise RuntimeError(f"the evaluation saw {seen.sum()} images of {len(dataset)}, or some of them twice.")
+    seen = np.bincount(labels, minlength=len(class_counts)).tolist()
+    if seen != list(expected) and len(labels) == sum(expected):
+        differing = next(k for k, (found, told) in enumerate(zip(seen, expected, strict=False)) if found != told)
+        raise ValueError(
+            f"the samples of {type(dataset).__name__} have {seen[differing]} images of class {differing}, and what it "
+            f"tells beside them says {expected[differing]}. Name the column of the labels by NCTrainer's label_column."
+        )
+    if seen != list(expected):
+        raise RuntimeError(f"the evaluation saw {sum(seen)} images of {len(dataset)}, or some of them twice.")
     metrics = long_tail_accuracy(
         logits.argmax(axis=1), labels, class_counts, few_below=few_below, many_above=many_above
     )

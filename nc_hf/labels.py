@@ -20,7 +20,7 @@ MAX_SHOWN = 5  # pairs of names in a warning
 
 
 def labels_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
-    """Labels (N,) int64 of a data set that tells them: an attribute `labels`, or a column of labels; else None.
+    """Labels (N,) int64 of a data set that tells them: an attribute `labels` or `targets`, or a column; else None.
 
     Args:
         dataset: of any kind.
@@ -29,20 +29,34 @@ def labels_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
     Raises:
         ValueError: for a column that is not there, or does not hold one integer an image.
     """
-    if hasattr(dataset, "labels"):
-        labels = np.asarray(dataset.labels)
-        if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer):
-            return labels.astype(np.int64)  # else it is something else of that name, such as the names of classes
+    for name in ("labels", "targets"):  # the second one of torchvision
+        if hasattr(dataset, name):
+            labels = np.asarray(getattr(dataset, name))
+            if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer):
+                return labels.astype(np.int64)  # else it is something else of that name, such as the names of classes
     found = _labels_and_names(dataset, column)
     return None if found is None else found[0]
 
 
-def counts_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
-    """Images per class (K,) int64 of a data set that tells them; else None. Arguments and errors as `labels_of`."""
+def counts_of(dataset: Any, column: str | None = None, num_classes: int | None = None) -> np.ndarray | None:
+    """Images per class (K,) int64 of a data set that tells them or its labels; else None.
+
+    Args:
+        dataset: of any kind.
+        column: as for `labels_of`.
+        num_classes: K where the data set does not tell it; else its largest label plus one is taken.
+
+    Raises:
+        ValueError: as `labels_of`, and for a label below 0.
+    """
     if hasattr(dataset, "class_counts"):
         return np.asarray(dataset.class_counts, dtype=np.int64)
-    found = _labels_and_names(dataset, column)
-    return None if found is None else np.bincount(found[0], minlength=len(found[1]))
+    if (found := _labels_and_names(dataset, column)) is not None:
+        return np.bincount(found[0], minlength=len(found[1]))
+    if (labels := labels_of(dataset)) is None:
+        return None
+    check_not_negative(labels)
+    return np.bincount(labels, minlength=num_classes or 0)
 
 
 def names_of(dataset: Any, column: str | None = None) -> list[str] | None:
@@ -51,6 +65,15 @@ def names_of(dataset: Any, column: str | None = None) -> list[str] | None:
         return dataset.class_names
     name = _label_column(dataset, column)
     return None if name is None else getattr(dataset.features[name], "names", None)
+
+
+def check_not_negative(labels: np.ndarray) -> None:
+    """Refuse labels (N,) of which one is below 0, with ValueError naming the first."""
+    if len(rows := np.flatnonzero(labels < 0)):
+        raise ValueError(
+            f"labels must be 0 or more, got {labels[rows[0]]} of image {rows[0]} ({len(rows)} are below 0). Number "
+            "the classes from 0, and leave images without a class out."
+        )
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -100,7 +100,7 @@ class MeasuringTrainer(Trainer):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
                 features, logits = forward(self.lay_out(batch["pixel_values"]))
-            found = self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"]))
+            found = self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"].long()))
             kept.add(found)
             yield found
         if kept.room >= 0:

@@ -30,6 +30,13 @@ from nc_hf.training_args import NCTrainingArguments
 logger = logging.getLogger(__name__)
 
 
+def num_outputs(model: nn.Module | None, head: str | None = None) -> int | None:
+    """K of a classifier, or of a task around one; None of none. Arguments and errors as `find_head`."""
+    if model is None or isinstance(model, ClassificationTask):
+        return None if model is None else model.num_classes
+    return find_head(model, head=head)[1].weight.shape[0]
+
+
 def build_task(
     model: nn.Module,
     args: NCTrainingArguments,
@@ -57,7 +64,8 @@ def build_task(
     if class_counts is not None and len(class_counts) != num_classes:
         raise ValueError(
             f"the head {head_name!r} has {num_classes} outputs but the training data have {len(class_counts)} classes."
-            f" Load the model with num_labels={len(class_counts)}, or give NCTrainer the class_counts of all outputs."
+            f" Load the model with num_labels={len(class_counts)}, give NCTrainer the class_counts of all outputs, or "
+            "name another column of labels by its label_column."
         )
     if class_counts is None and (args.class_weighting != "none" or args.within_counts == "train"):
         raise ValueError(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from transformers.trainer_utils import IntervalStrategy, has_length
@@ -18,6 +19,7 @@ from nc_hf.training_args import NCTrainingArguments
 
 logger = logging.getLogger(__name__)
 
+ROWS_LOOKED_AT = 8  # of a training set, for its labels
 BY_EPOCH = ("lr_milestones", "lr_cosine", "warmup_epochs", "drw_epoch", "start_epoch")
 
 
@@ -175,6 +177,39 @@ def check_data(args: NCTrainingArguments, dataloader: Any, eval_dataset: Any, da
             _check_sample(f"eval_dataset {name}".strip(), dataset, collate, ("pixel_values",))
 
 
+def check_told_labels(dataset: Any, told: np.ndarray | None, collator: Collator) -> None:
+    """Refuse a data set whose samples have other labels than those that it tells. A few samples are read.
+
+    Class counts, names and the draw of images come from what it tells, a column or an attribute; the loss has the
+    labels of the samples.
+
+    Args:
+        dataset: of the training.
+        told: (N,) integers, `labels_of(dataset)`; nothing is looked at when None.
+        collator: of the trainer.
+
+    Raises:
+        ValueError: naming an image, and both of its labels.
+    """
+    if told is None:
+        return
+    for row in sorted({*np.linspace(0, len(told) - 1, min(len(told), ROWS_LOOKED_AT), dtype=int).tolist()}):
+        rows = _rows(dataset, row)
+        try:
+            labels = collator(rows)["labels"]
+        except Exception:  # the training meets it in its own place
+            return
+        if rows is None or labels.shape != (1,) or labels.is_floating_point():
+            return
+        if int(labels) != told[row]:
+            raise ValueError(
+                f"image {row} of the training set has the label {int(labels)} in its sample, and {told[row]} in the "
+                "labels from which class counts, names and draws come. Name the column of the labels by NCTrainer's "
+                "label_column; where samples have labels of their own, give class_counts, and leave sampler at "
+                "instance."
+            )
+
+
 def _refuse_empty_epochs(args: NCTrainingArguments, images: int) -> None:
     each = "twice each" if args.sampler in PAIRED.values() else "once each"
     raise ValueError(
@@ -186,7 +221,7 @@ def _refuse_empty_epochs(args: NCTrainingArguments, images: int) -> None:
 
 def _check_sample(name: str, dataset: Any, collator: Collator, needed: tuple[str, ...]) -> None:
     """Refuse a data set if the collator makes no batch with these keys of its first sample."""
-    rows = _first_rows(dataset)
+    rows = _rows(dataset, 0)
     if rows is None:
         return
     problem: Exception | None = None
@@ -205,15 +240,15 @@ def _check_sample(name: str, dataset: Any, collator: Collator, needed: tuple[str
         ) from problem
 
 
-def _first_rows(dataset: Any) -> Any:
-    """What a data loader would get for index 0; None for a stream, our own sets, and what cannot be read that way."""
+def _rows(dataset: Any, index: int) -> Any:
+    """What a data loader would get for an index; None for a stream, our own sets, and what cannot be read that way."""
     if dataset is None or isinstance(dataset, IterableDataset) or getattr(dataset, "accepts_draws", False):
         return None
     try:
         if len(dataset) == 0:
             return None
         with unmoved_random_state():
-            return dataset.__getitems__([0]) if getattr(dataset, "__getitems__", None) else [dataset[0]]
+            return dataset.__getitems__([index]) if getattr(dataset, "__getitems__", None) else [dataset[index]]
     except Exception:  # the training meets it in its own place, with the index that it asks for
         return None
 

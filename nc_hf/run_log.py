@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -96,7 +97,9 @@ class RunLog(TrainerCallback):
         self.record = {}
 
 
-def nonfinite_error(path: Path, *, step: int, learning_rate: float, terms: dict[str, float]) -> FloatingPointError:
+def nonfinite_error(
+    path: Path, *, step: int, learning_rate: float, terms: dict[str, float], images: Tensor
+) -> FloatingPointError:
     """Write what is known about a loss that is not finite, and return the error to stop with.
 
     Args:
@@ -104,13 +107,18 @@ def nonfinite_error(path: Path, *, step: int, learning_rate: float, terms: dict[
         step: the update that was about to be made, from 1.
         learning_rate: of the network.
         terms: of the loss on this process, summed since the last log.
+        images: (B, 3, H, W) of the batch, on this process.
     """
+    rows = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     bad = [name for name, value in sorted(terms.items()) if not math.isfinite(value)]
-    report = {"step": step, "learning_rate": learning_rate}
+    report = {"step": step, "learning_rate": learning_rate, "images_not_finite": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report | {"terms": {name: repr(value) for name, value in terms.items()}}, indent=1))
+    cause = "Lower the learning rate, or set precision: fp32."
+    if rows:
+        cause = f"Images of the batch have values that are not finite (rows {rows}): check them and their transform."
     return FloatingPointError(
         f"the loss is not finite at step {step} (in {', '.join(bad) or 'another process'}), learning rate "
-        f"{learning_rate:g}. The weights are still those of the step before; {path.name} in the output folder has the "
-        "terms. Lower the learning rate, or set precision: fp32."
+        f"{learning_rate:g}. {cause} The weights are still those of the step before, but running statistics of norms "
+        f"may have seen such values: go on from a checkpoint. {path.name} in the output folder has the terms."
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from nc_hf.choices import check_choice
+from nc_hf.labels import check_not_negative
 from nc_hf.rebalancing import class_weights
 
 SamplerName = Literal[
@@ -62,7 +63,7 @@ class EpochSampler(Sampler):
         effective_number_beta: of `"effective_number"`; 0.9999 in the code of LDAM-DRW.
 
     Raises:
-        ValueError: for an unknown name, or `"progressive"` without a number of epochs.
+        ValueError: for an unknown name, a label below 0, or `"progressive"` without a number of epochs.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class EpochSampler(Sampler):
             raise ValueError(
                 "`sampler: progressive` needs the length of the run: set num_train_epochs, not max_steps."
             )
+        check_not_negative(np.asarray(labels))
         self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
         self.counts = torch.bincount(self.labels).numpy()
         self.name, self.seed, self.num_epochs = name, seed, num_epochs

@@ -229,6 +229,9 @@ def _report_stage(
                 results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
     if getattr(trainer.classifier, "routing", None) is not None:  # an expert assignment, which the folder carries
         results["routing"] = _route_experts(trainer, recipe, images[split], train)
+    if taus := getattr(trainer, "taus", None):
+        results["taus"] = taus
+        results["taus_chosen_on"] = "validation" if trainer.args.tau is None and "validation" in images else None
     if stage == "stage1":
         results["geometry_course"] = [log for log in trainer.state.log_history if "nc4_agreement" in log]
     tensors = load_heads(run / "stage1")[1] if stage == "stage2" else {}

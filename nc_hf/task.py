@@ -180,7 +180,8 @@ class ClassificationTask(nn.Module):
         """
         if labels is None or not self.training:
             _, logits = self.features_and_logits(pixel_values)
-            return {"logits": logits} | ({} if labels is None else {"loss": self.supervised(logits, labels).mean()})
+            loss = {} if labels is None else {"loss": self.supervised(logits, labels.long()).mean()}
+            return {"logits": logits} | loss
         if update_counts is None:
             update_counts = label_counts(self.counted_labels(labels), self.num_classes)
         update = Update(update_counts.to(torch.float32), update_batches, partners, mixing)

@@ -21,8 +21,8 @@ from nc_hf.error_notes import noted_errors
 from nc_hf.labels import check_labels, counts_of, label_counts, labels_of, names_of
 from nc_hf.measuring_trainer import MeasuringTrainer
 from nc_hf.mixing import mix_batch
-from nc_hf.objectives import build_task
-from nc_hf.preflight import check_data, check_trainer, warn_of_unsavable
+from nc_hf.objectives import build_task, num_outputs
+from nc_hf.preflight import check_data, check_told_labels, check_trainer, warn_of_unsavable
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
@@ -73,10 +73,14 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         args = NCTrainingArguments() if args is None else args
         check_trainer(args, kwargs)
         train_dataset, self.label_column = kwargs.get("train_dataset"), label_column
+        # What labels the data set tells beside its samples matters where something is made of them.
+        self._trusts_labels = class_counts is None or args.sampler != "instance"
         if class_counts is None:
-            class_counts = counts_of(train_dataset, label_column)
+            class_counts = counts_of(train_dataset, label_column, num_outputs(model, head))
         self.class_counts = None if class_counts is None else np.asarray(class_counts, dtype=np.int64)
-        self.class_names = class_names if class_names is not None else names_of(train_dataset, label_column)
+        self.class_names = class_names
+        if class_names is None and (names := names_of(train_dataset, label_column)) is not None:
+            self.class_names = names if class_counts is None or len(names) == len(class_counts) else None
         wrap = partial(
             build_task, args=args, class_counts=self.class_counts, head=head, freeze_backbone=freeze_backbone
         )
@@ -122,6 +126,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         counts = torch.zeros(self.task.num_classes, device=device)
         for batch in batches:
             check_labels(batch["labels"], self.task.num_classes)
+            batch["labels"] = batch["labels"].long()
             counts += label_counts(self.task.counted_labels(batch["labels"]), self.task.num_classes)
         counts = self.accelerator.reduce(counts, "sum") / self.accelerator.num_processes
         for number, batch in enumerate(batches):
@@ -185,6 +190,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
                     step=self.state.global_step + 1,
                     learning_rate=self._get_learning_rate(),
                     terms={name: sums[0].item() for name, sums in self._terms.items()},
+                    images=inputs["pixel_values"],
                 )
         return loss
 
@@ -254,9 +260,11 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         """As in `SavingTrainer`; looks at the data first, and says in one line what the run will be.
 
         Raises:
-            ValueError: as `check_data`.
+            ValueError: as `check_data` and `check_told_labels`.
         """
         check_data(args, dataloader, self.eval_dataset, self.data_collator)
+        if self._trusts_labels:
+            check_told_labels(self.train_dataset, labels_of(self.train_dataset, self.label_column), self.data_collator)
         self._terms.clear()  # of an earlier training
         values = super().set_initial_training_values(args, dataloader)
         if args.max_steps > 0:

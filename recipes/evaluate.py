@@ -5,7 +5,7 @@
     python recipes/evaluate.py model_cards/<name> --noise-std 0 0.1 0.2 0.3 0.4 --data.data_dir <folder>
 
 The data are those of a recipe: the one given, or that of the run the folder belongs to; without either,
-`--data.dataset` and other settings name them. Prints a table, and with `--json FILE` writes what it shows and more.
+`--data` and other settings name them. Prints a table, and with `--json FILE` writes what it shows and more.
 `--noise-std` adds a table of accuracies on images with Gaussian noise of these standard deviations; `--noise-scale`
 says where: `normalized`, where the network sees them (default), or `pixels`, in [0, 1] before normalization;
 `--noise-seed` (0 by default) is the seed of the noise.
@@ -57,6 +57,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("source", help="folder or Hub id")
+    parser.add_argument("--data", "--data.dataset", metavar="DATA", help="data set, as in a recipe")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--noise-std", nargs="+", type=float, default=[], help="standard deviations")
     parser.add_argument("--noise-scale", choices=get_args(NoiseScale), default="normalized")
@@ -66,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--noise-scale and --noise-seed need --noise-std and its standard deviations")
     for std in options.noise_std:
         check_noise(std, options.noise_seed)
-    return options, overrides
+    return options, overrides if options.data is None else [*overrides, "--data.dataset", options.data]
 
 
 def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> dict[str, Any]:

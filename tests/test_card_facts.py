@@ -10,6 +10,7 @@ from huggingface_hub import metadata_load
 from nc_hf.card_block import END, marked, merge_cards
 from nc_hf.card_citations import citations
 from nc_hf.card_facts import dataset_facts
+from nc_hf.card_tables import accuracy_table
 from nc_hf.hub import save_pretrained
 from nc_hf.model_card import write_card
 from nc_hf.models.classifier import load_classifier
@@ -157,3 +158,14 @@ def test_a_mark_without_its_end_and_a_byte_order_mark_are_no_second_card(caplog)
     assert "without <!-- nc_hf:end --> after it" in caplog.text
     merged = merge_cards(ours, "\ufeff" + marked("---\nlicense: mit\n---\nold words"))
     assert merged.count("---\n") == 2 and "new words" in merged and "old words" not in merged
+
+
+@pytest.mark.parametrize(
+    ("split", "words"), [("test", " (chosen on validation images)"), ("validation", " (chosen on these images)")]
+)
+def test_a_tau_is_told_with_the_images_it_was_chosen_on(split, words):
+    run = results("tau_norm", split=split, taus={"tau_norm": 0.6}, taus_chosen_on="validation")
+    ((label, _),) = accuracy_table([run], None)["rows"]
+    assert label.endswith(f"(`tau_norm`), tau 0.6{words}")
+    ((label, _),) = accuracy_table([run | {"taus_chosen_on": None}], None)["rows"]
+    assert label.endswith("tau 0.6")

@@ -75,7 +75,10 @@ def test_a_validation_split_is_watched_and_chooses_tau(train, tmp_path, monkeypa
     assert [record["epoch"] for record in logged if "eval_class_mean_accuracy" in record] == [1, 2]
     results = json.loads((tmp_path / "out/watched/results.json").read_text())
     assert results["dataset"]["validation_fraction"] == 0.1 and results["split"] == "test"
-    assert re.search(r"tau_norm: tau \S+ chosen on \d+ validation images", caplog.text)
+    tau = re.search(r"tau_norm: tau (\S+) chosen on \d+ validation images", caplog.text)[1]
+    assert results["taus"] == {"tau_norm": float(tau)} and results["taus_chosen_on"] == "validation"
+    card = (tmp_path / "out/watched/release/README.md").read_text()
+    assert f"weights normalized (`tau_norm`), tau {float(tau):g} (chosen on validation images) |" in card
 
 
 def test_the_recipe_of_imagenet_trains_on_a_tree_of_its_shape(train, tmp_path, monkeypatch):

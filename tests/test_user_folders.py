@@ -89,6 +89,21 @@ def test_a_folder_that_is_read_whole_is_not_warned_of(tmp_path: Path, caplog: py
     assert "left out" not in caplog.text and "are read" not in caplog.text
 
 
+def test_classes_that_lie_in_folders_of_other_names_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    places = ("learn__ant", "learn__bee", "holdout__ant", "holdout__bee")
+    folder = drawn(tmp_path / "photos", **dict.fromkeys(places, (6, ".png")))
+    (tmp_path / "photos" / "learn" / "cow").mkdir()
+    load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+    assert "images of class 'ant'" in caplog.text and "several folders (holdout, learn), and all are" in caplog.text
+    assert f"there is no image in cow of {folder}: no class is made of it." in caplog.text
+    caplog.clear()
+    usual = drawn(tmp_path / "usual", **dict.fromkeys(("train__a", "train__b", "test__a", "test__b"), (3, ".png")))
+    load_splits("imagefolder", data_dir=usual, cache_dir=str(tmp_path / "cache"))
+    assert "several folders" not in caplog.text and "no image in" not in caplog.text
+
+
 def test_splits_with_capitals_are_not_trained_on_together(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "photos", Train__a=(3, ".png"), Train__b=(3, ".png"), Test__a=(3, ".png"))
     with pytest.raises(ValueError, match="Rename Test, Train to test, train"):

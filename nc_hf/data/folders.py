@@ -62,7 +62,7 @@ def check_folder_classes(found: DatasetDict, data_dir: str) -> None:
             f"{data_dir} has the folders {', '.join(places)}, and `datasets` knows splits by lower-case names alone: "
             f"all of them would be trained on. Rename {', '.join(odd)} to {', '.join(map(str.lower, odd))}."
         )
-    _warn_of_files(folder, sum(map(len, found.values())), ", ".join(found))
+    _warn_of_files(folder, found)
     unlabelled = [name for name, split in found.items() if not label_candidates(split)]
     if not unlabelled:
         return
@@ -84,7 +84,7 @@ def _capitals(names: list[str]) -> list[str]:
     return [name for name in names if name != name.lower()]
 
 
-def _warn_of_files(folder: Path, read: int, splits: str) -> None:
+def _warn_of_files(folder: Path, found: DatasetDict) -> None:
     """Warn of files that `datasets` does not take for images, and of images in folders that it does not read."""
     files = list(_shown_files(folder))
     if any(path.stem == "metadata" or path.suffix.lower() in ARCHIVES for path in files):
@@ -98,11 +98,31 @@ def _warn_of_files(folder: Path, read: int, splits: str) -> None:
             "%d files in %s are no images for `datasets` and are left out (%s).%s Convert those that are images.",
             *(others.total(), folder, ", ".join(f"{count} {suffix}" for suffix, count in others.most_common()), where),
         )
+    if len(found) == 1 and label_candidates(next(iter(found.values()))):
+        _warn_of_class_folders(folder, images)
+    read = sum(map(len, found.values()))
     if read < len(images):
         logger.warning(
             "%d of the %d images in %s are read, as %s: where a folder has a name such as train, test or val, "
             "`datasets` takes it for a split and reads no others.",
-            *(read, len(images), folder, splits),
+            *(read, len(images), folder, ", ".join(found)),
+        )
+
+
+def _warn_of_class_folders(folder: Path, images: list[Path]) -> None:
+    """Warn of class folders without an image, and of those of one name in several places, which are one class."""
+    empty = sorted(Path(place).name for place, folders, names in os.walk(folder) if not (folders or names))
+    if empty := [name for name in empty if not _is_hidden(name)]:
+        logger.warning("there is no image in %s of %s: no class is made of it.", ", ".join(empty), folder)
+    places: dict[str, set[str]] = {}
+    for place in {path.parent for path in images} - {folder}:
+        places.setdefault(place.name, set()).add(place.parent.relative_to(folder).as_posix())
+    if spread := {name: where for name, where in places.items() if len(where) > 1}:
+        name, where = min(spread.items())
+        logger.warning(
+            "the images of class %r in %s come from several folders (%s), and all are trained on. If these are "
+            "splits, name them train, validation and test; if they are the classes, put the images right into them.",
+            *(name, folder, ", ".join(sorted(where))),
         )
 
 

@@ -42,7 +42,8 @@ def _processor_settings(owner: str, image_processor: Any) -> dict[str, Any]:
     if not height or not width:
         raise ValueError(
             f"the size of the images of {owner} is not known: its image processor is "
-            f"{type(image_processor).__name__} with size {dict(resized)}. Give one with height and width."
+            f"{type(image_processor).__name__} with size {dict(resized)}. Give one with height and width, or save it "
+            "beside the model: ViTImageProcessor(size=...).save_pretrained(folder)."
         )
     squashed = "height" in resized or (hasattr(image_processor, "crop_pct") and height >= 384 and not cropped)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

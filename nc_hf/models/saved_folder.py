@@ -178,7 +178,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         is_checkpoint = (path.parent / "trainer_state.json").is_file()
-        hint = " It is a checkpoint, to go on from; trainer.save_model(folder) saves one." if is_checkpoint else ""
+        hint = " Load the weights into their network and save that by nc_hf.save_pretrained(model, folder)."
+        if is_checkpoint:
+            hint = " It is a checkpoint, to go on from; trainer.save_model(folder) saves one."
         raise ValueError(f"{path.parent} has no {path.name}: it is not a saved classifier.{hint}")
     _check_place(path)
     if path.stat().st_size > LARGEST_JSON:
