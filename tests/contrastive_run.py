@@ -16,6 +16,8 @@ METHODS = ("fcl", "kcl", "tsc")
 
 def train(folder: Path, processes: int, method: str, *, resume: str | None = None, **options) -> NCTrainer:
     options = {"save_strategy": "no", **options}
+    settings = {"method": method, "dimension": 6}
+    settings |= {} if method == "fcl" else {"positives": 2, "queue": 50, "momentum": 0.9}
     args = NCTrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -28,7 +30,7 @@ def train(folder: Path, processes: int, method: str, *, resume: str | None = Non
         dataloader_drop_last=True,
         sampler="two_views",
         objective="contrastive",
-        objective_settings={"method": method, "dimension": 6, "positives": 2, "queue": 50, "momentum": 0.9},
+        objective_settings=settings,
         centers="ema",
         logging_steps=1,
         report_to="none",
