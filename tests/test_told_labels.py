@@ -109,3 +109,9 @@ def test_images_that_are_not_finite_are_named(tmp_path):
     ) as error:
         one.train()
     assert "learning rate, or" not in str(error.value)
+
+
+def test_a_class_that_only_the_measured_set_has_and_no_image_is_no_obstacle(tmp_path):
+    measured = table({"label": [0, 1, 1, 2]}, {"label": list("abcde")})
+    found = evaluate_classifier(trainer(tmp_path), measured, [60, 30, 12, 6])
+    assert found["images"] == 4
