@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def class_means(
@@ -37,4 +36,21 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     """Rows of all processes in rank order, (W * B, ...); the gradient flows back to each process's own rows."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tensor
-    return torch.cat(all_gather(tensor.contiguous()))
+    return _Gather.apply(tensor.contiguous())
+
+
+class _Gather(torch.autograd.Function):
+    """`torch.distributed` has no gathering with a gradient that is public in all its versions."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        everywhere = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, tensor)
+        return torch.cat(everywhere)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # others may hold it too
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank() * ctx.rows :][: ctx.rows]
