@@ -263,7 +263,7 @@ def test_precision_and_memory_format_are_chosen_and_logged(tmp_path):
 
 @pytest.mark.parametrize(("instructions", "precision"), [({"avx512_bf16": True}, "bf16"), ({}, "fp32")])
 def test_precision_is_bf16_where_the_cpu_has_instructions_for_it(tmp_path, monkeypatch, instructions, precision):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)  # torch 2.9 has none
     assert NCTrainingArguments(output_dir=str(tmp_path), use_cpu=True).precision == precision
 
 
