@@ -147,7 +147,7 @@ def test_a_signal_between_two_agreements_waits_for_the_next_one(monkeypatch):
 def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tmp_path):
     launcher = (ACCELERATE, "launch", "--config_file", str(ROOT / "recipes/accelerate/cpu_2.yaml"))
     asked = ["--name", "stopped", "--stage1.expected_processes", "2", "--stage2.num_train_epochs", "1"]
-    arguments = command(*asked, "--stage1.num_train_epochs", "12", launcher=launcher)
+    arguments = command(*asked, "--stage1.num_train_epochs", "6", launcher=launcher)
     process = start(tmp_path, arguments)
     checkpoints = tmp_path / "out/stopped/checkpoints/stage1"
     while not list(checkpoints.glob("checkpoint-*/complete.json")) and process.poll() is None:

@@ -15,7 +15,7 @@ from nc_hf.training_args import NCTrainingArguments
 
 @pytest.fixture(autouse=True)
 def cpu_with_bf16(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
 
 
 def arguments(folder, **settings) -> NCTrainingArguments:
