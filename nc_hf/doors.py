@@ -97,7 +97,7 @@ def _open_transformers(folder: Path) -> nn.Module:
 def _open_pipeline(folder: Path) -> Any:
     from transformers import pipeline
 
-    return pipeline("image-classification", model=str(folder), device="cpu")
+    return pipeline("image-classification", model=str(folder), device="cpu", dtype=torch.float32)
 
 
 OPENERS: dict[str, Callable[[Path], Any]] = {

@@ -32,7 +32,11 @@ def labels_of(dataset: Any, column: str | None = None) -> np.ndarray | None:
     for name in ("labels", "targets"):  # the second one of torchvision
         if hasattr(dataset, name):
             labels = np.asarray(getattr(dataset, name))
-            if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer):
+            if (
+                hasattr(dataset, "__len__")
+                and labels.shape == (len(dataset),)
+                and np.issubdtype(labels.dtype, np.integer)
+            ):
                 return labels.astype(np.int64)  # else it is something else of that name, such as the names of classes
     found = _labels_and_names(dataset, column)
     return None if found is None else found[0]

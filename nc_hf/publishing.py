@@ -119,7 +119,7 @@ def push_folder(
     try:
         api = HfApi(token=token)
         url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is there already
             retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         settings = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
         commit = on_the_head(lambda: _commit(api, folder, card, repo_id, **settings))
@@ -240,7 +240,7 @@ def retried(call: Callable[[], Any]) -> Any:
 def _is_temporary(error: BaseException | None) -> bool:
     """Whether the error, or what it comes from, is a fault of the moment."""
     while error is not None:
-        if isinstance(error, OfflineModeIsEnabled):
+        if isinstance(error, OfflineModeIsEnabled | httpx2.LocalProtocolError):
             return False
         if isinstance(error, HfHubHTTPError) and getattr(error, "response", None) is not None:
             return error.response.status_code in TEMPORARY
@@ -255,5 +255,6 @@ def reason_of(error: BaseException, given: str | None = None) -> str:
     """What went wrong, without the token that is stored and the one that was given."""
     text = str(error).strip() or type(error).__name__
     for token in filter(None, (given, get_token())):
-        text = text.replace(token, "<token>")
+        # A line break at its end is escaped in messages, so the token is looked for without it.
+        text = text.replace(token, "<token>").replace(token.strip(), "<token>")
     return text

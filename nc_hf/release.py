@@ -142,7 +142,7 @@ def _method(results: dict[str, Any]) -> str:
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
-    """The recipe as anybody may run it: no folder of this machine."""
+    """The recipe as anybody may run it: no folder of this machine, and no push to where this one went."""
     data = dataclasses.replace(recipe.data, data_dir=None, cache_dir=None, dataset=public_name(recipe.data.dataset))
     model_args = _public(recipe.model.model_args)
     model = dataclasses.replace(recipe.model, name=public_name(recipe.model.name), model_args=model_args)
@@ -150,7 +150,7 @@ def _without_paths(recipe: Recipe) -> Recipe:
         stage: settings and {key: _public(value) for key, value in settings.items() if key != "resume_from_checkpoint"}
         for stage, settings in (("stage1", recipe.stage1), ("stage2", recipe.stage2))
     }
-    return dataclasses.replace(recipe, output_dir="out", data=data, model=model, **stages)
+    return dataclasses.replace(recipe, output_dir="out", data=data, model=model, hub=type(recipe.hub)(), **stages)
 
 
 def _public(value: Any) -> Any:

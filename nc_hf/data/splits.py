@@ -246,12 +246,12 @@ def _names_checksum(dataset: Dataset) -> str:
     digest = hashlib.sha256(repr(dataset.features["label"].names).encode())
     digest.update(dataset_labels(dataset)[0].tobytes())
     for batch in dataset.with_format("arrow", columns=["image"]).iter(1000):
-        images = batch.column("image").combine_chunks()
-        sizes = pc.binary_length(images.field("bytes")).to_pylist()
-        for path, size in zip(images.field("path").to_pylist(), sizes, strict=True):
-            if size is None and path is not None and Path(path).is_file():
-                size = Path(path).stat().st_size
-            digest.update(f"{Path(path).name if path else None} {size}\n".encode())
+        for images in batch.column("image").chunks:  # together, large images are more than one array can hold
+            sizes = pc.binary_length(images.field("bytes")).to_pylist()
+            for path, size in zip(images.field("path").to_pylist(), sizes, strict=True):
+                if size is None and path is not None and Path(path).is_file():
+                    size = Path(path).stat().st_size
+                digest.update(f"{Path(path).name if path else None} {size}\n".encode())
     return digest.hexdigest()
 
 

@@ -263,6 +263,8 @@ def test_without_a_network_there_is_no_waiting(monkeypatch, caplog):
 def test_a_token_that_was_given_is_in_no_message():
     error = RuntimeError("Illegal header value: Bearer tok-given")
     assert publishing.reason_of(error, "tok-given") == "Illegal header value: Bearer <token>"
+    error = ValueError("Illegal header value b'Bearer tok-given\\n'")  # of a token read from a file
+    assert "tok-given" not in publishing.reason_of(error, "tok-given\n")
 
 
 def test_a_bare_name_is_the_users_own(hub, user):
