@@ -254,7 +254,7 @@ def _is_temporary(error: BaseException | None) -> bool:
 def reason_of(error: BaseException, given: str | None = None) -> str:
     """What went wrong, without the token that is stored and the one that was given."""
     text = str(error).strip() or type(error).__name__
-    for token in filter(None, (given, get_token())):
-        # A line break at its end is escaped in messages, so the token is looked for without it.
-        text = text.replace(token, "<token>").replace(token.strip(), "<token>")
+    for token in (given, get_token()):
+        if token and token.strip():  # messages escape a line break at its end
+            text = text.replace(token.strip(), "<token>")
     return text

@@ -16,7 +16,7 @@ from nc_hf.doors import check_doors
 from nc_hf.hub import load_heads
 from nc_hf.publishing import PushError, push_folder
 from nc_hf.recipe import dump_recipe, load_recipe
-from nc_hf.release import public_name
+from nc_hf.release import _without_paths, public_name
 from nc_hf.results import git_revision, write_results
 from nc_hf.stages import start_results
 
@@ -66,6 +66,11 @@ def finished_run(folder: Path, *, seed: int = 0, method: str = "NC-DRW", accurac
     }
     write_results(folder / "results.json", results)
     return folder
+
+
+def test_a_released_recipe_pushes_nowhere():
+    recipe = load_recipe(None, ["--hub.repo_id", "me/model"])
+    assert recipe.hub.repo_id == "me/model" and _without_paths(recipe).hub.repo_id is None
 
 
 def test_a_release_has_all_that_a_visitor_wants(tmp_path):
