@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SchedulerType
 
 from nc_hf.losses.classification import SUPERVISED_LOSSES
 
@@ -41,6 +41,11 @@ def check_ranges(args: NCTrainingArguments) -> None:
         raise ValueError(
             f"`num_train_epochs` must be above 0, got {args.num_train_epochs}. Set the epochs to train for, or count "
             "updates by max_steps; to measure a model alone, keep the default and do not call train."
+        )
+    if not 0 <= args.effective_number_beta < 1:
+        raise ValueError(
+            f"`effective_number_beta` must lie in [0, 1), got {args.effective_number_beta}. LDAM-DRW and the authors "
+            "take 0.9999."
         )
     if args.neftune_noise_alpha is not None:
         raise ValueError(
@@ -125,7 +130,15 @@ def check_schedule(args: NCTrainingArguments) -> None:
         )
     if args.lr_milestones and args.lr_cosine:
         raise ValueError("`lr_milestones` and `lr_cosine` are two schedules; set one of them.")
-    if args.warmup_epochs and not (args.lr_milestones or args.lr_cosine):
+    by_epochs = "lr_milestones" if args.lr_milestones else "lr_cosine" if args.lr_cosine else None
+    defaults = {"lr_scheduler_type": SchedulerType.LINEAR, "lr_scheduler_kwargs": None, "warmup_steps": 0}
+    stock = [name for name, value in defaults.items() if (getattr(args, name) or value) != value]
+    if by_epochs and stock:
+        raise ValueError(
+            f"`{stock[0]}` would be ignored beside `{by_epochs}`, which is the schedule. Switch {by_epochs} off, or "
+            f"leave {stock[0]} out (warm-up is `warmup_epochs` here)."
+        )
+    if args.warmup_epochs and not by_epochs:
         raise ValueError(
             "`warmup_epochs` goes with `lr_milestones` or `lr_cosine`. "
             "For the schedules of `lr_scheduler_type` use `warmup_steps`."

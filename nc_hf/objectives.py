@@ -15,7 +15,6 @@ from nc_hf.bilateral_task import BilateralTask
 from nc_hf.choices import check_choice
 from nc_hf.contrastive_task import ContrastiveSettings, ContrastiveTask
 from nc_hf.experts_task import ExpertsTask
-from nc_hf.losses.classification import SupervisedLoss
 from nc_hf.losses.collapse import NeuralCollapseLoss
 from nc_hf.metrics.angles import best_angle
 from nc_hf.models.bilateral import BilateralNetwork
@@ -91,7 +90,7 @@ def build_task(
     if objective == "contrastive":
         settings["settings"] = ContrastiveSettings(seed=args.seed, **own)
         return ContrastiveTask(model, head_name, num_classes, feature_dim=feature_dim(head_module), **settings)
-    settings |= {"supervised": _supervised_loss(args, class_counts), "mixup_rule": args.mixup_rule}
+    settings |= {"supervised": args.supervised_loss(class_counts), "mixup_rule": args.mixup_rule}
     check_head_for(settings["supervised"], head_module)
     if args.class_weighting != "none":
         settings["class_weights"] = class_weights(class_counts, args.class_weighting, beta=args.effective_number_beta)
@@ -142,18 +141,6 @@ def _check_network(model: nn.Module, objective: str) -> None:
     if own is None and objective in wanted.values():
         network = {"experts": "resnet32_ride_cifar", "bilateral": "resnet32_bbn_cifar"}[objective]
         raise ValueError(f"`objective: {objective}` needs a network such as {network}, got {type(model).__name__}.")
-
-
-def _supervised_loss(args: NCTrainingArguments, class_counts: np.ndarray | None) -> SupervisedLoss:
-    settings = dict(args.loss_settings)
-    if args.label_smoothing_factor:
-        if "label_smoothing" in settings:
-            raise ValueError(
-                f"`label_smoothing_factor` is {args.label_smoothing_factor}, and `label_smoothing` of loss_settings "
-                f"{settings['label_smoothing']}: labels would be smoothed twice. Set one of them."
-            )
-        settings["label_smoothing"] = args.label_smoothing_factor
-    return SupervisedLoss(args.loss, class_counts, counts=args.loss_counts, **settings)
 
 
 def _collapse_loss(

@@ -16,87 +16,19 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from nc_hf.cached_features import train_on_cached_features
+from nc_hf.head_trainer import HeadTrainer
 from nc_hf.heads import LinearHead, choose, least_squares, logit_adjusted, nearest_class_mean, tau_normalized
 from nc_hf.models.classifier import find_head, reset_head
 from nc_hf.models.headed import replace_head
 from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
 from nc_hf.models.saved_heads import remember_stage_one, stage_one_state
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
-from nc_hf.schedule import move_to_own_group
-from nc_hf.trainer import NCTrainer
 
 logger = logging.getLogger(__name__)
 
 LINEAR = nn.Linear | nn.Conv2d
+IDENTITY = ("_model_args", "pretrained_cfg", "default_cfg")  # what `replace_head` sets on a timm network
 TAUS = [round(0.1 * step, 1) for step in range(21)]  # the grid of Kang et al. 2020
-
-
-class HeadTrainer(NCTrainer):
-    """An `NCTrainer` of a head alone: what is special about its parameters.
-
-    With `learns_scales` each class's logit gets a learned factor (LWS), and the weights learn at a share of the
-    learning rate; with `max_norm_threshold` rows are projected after each update (Alshammari et al. 2022).
-    """
-
-    def __init__(
-        self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any
-    ) -> None:
-        self.heads: dict[str, dict[str, Tensor]] = {}  # by name, once `retrain_classifier` is done
-        self.taus: dict[str, float] = {}
-        self._hook, (_, layer) = None, find_head(model, head=kwargs.get("head"))
-        self._radius = None
-        if args.max_norm_threshold is not None:  # not with the optimizer: a resumed run has other weights by then
-            self._radius = max_norm_radius(layer.weight.detach(), args.max_norm_threshold)
-        if learns_scales:
-            layer.scale = nn.Parameter(torch.ones(len(layer.weight), device=layer.weight.device))
-            self._hook = layer.register_forward_hook(_multiply_by_scale)
-            layer.weight.requires_grad_(args.lws_weight_factor > 0)
-            if layer.bias is not None:
-                layer.bias.requires_grad_(args.lws_weight_factor > 0)
-        super().__init__(model, args, freeze_backbone=True, **kwargs)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in `NCTrainer`, with the weights of LWS in groups of their own, and MaxNorm after each step."""
-        fresh, layer = self.optimizer is None, self.task.head
-        optimizer = super().create_optimizer(model)
-        factor = self.args.lws_weight_factor
-        if fresh and self._hook is not None and factor > 0:
-            for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
-                settings = {"lr": factor * self.args.learning_rate, "weight_decay": self.args.weight_decay}
-                move_to_own_group(optimizer, parameter, **settings)
-        if fresh and self._radius is not None:
-            optimizer.register_step_post_hook(lambda *_: project_rows(layer.weight, self._radius))
-        return optimizer
-
-    def finish_head(self) -> None:
-        """Fold the learned factors into weight and bias, so that the head is a plain one again."""
-        if self._hook is None:
-            return
-        layer = self.task.head
-        self._hook.remove()
-        with torch.no_grad():
-            layer.weight.mul_(layer.scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-            if layer.bias is not None:
-                layer.bias.mul_(layer.scale)
-        del layer.scale
-
-
-def _multiply_by_scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output * layer.scale.view(-1, *[1] * (output.ndim - 2))
-
-
-def max_norm_radius(weight: Tensor, threshold: float) -> float:
-    """Smallest norm of the rows of `weight` (K, P), plus `threshold` times their range (Alshammari et al. 2022)."""
-    norms = weight.flatten(1).norm(dim=1)
-    return (norms.min() + threshold * (norms.max() - norms.min())).item()
-
-
-@torch.no_grad()
-def project_rows(weight: Tensor, radius: float) -> None:
-    """Shorten the rows of `weight` (K, P) whose norm is above `radius` to that norm, in place."""
-    rows = weight.flatten(1)
-    shrink = (radius / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-    weight.copy_((rows * shrink).view_as(weight))
 
 
 @torch.no_grad()
@@ -120,7 +52,8 @@ def retrain_classifier(
     """Give a trained classifier the new heads of `args.heads`; the backbone stays as it is, bit for bit.
 
     They are made from stage one's head, also where an earlier stage two has put another one in its place. Afterwards
-    the parameters that were trained before are open to training again.
+    the parameters that were trained before are open to training again. Where it is interrupted or fails, the model is
+    as it was before.
 
     The backbone is in eval mode throughout, so the running statistics of its norms do not move, unless
     `backbone_statistics` is `"shifted"`. With `features="images"` every draw is augmented afresh; `"cached"` computes
@@ -147,36 +80,43 @@ def retrain_classifier(
     head_name, layer = find_head(model, head=head)
     check_heads(layer, args)
     _check_given(args, kwargs)
+    kwargs |= {"train_dataset": train_dataset, "head": head_name}
+    with _all_or_nothing(model, layer) as before:
+        trainer = _retrain(model, args, resume_from_checkpoint, kwargs)
+        changed = [name for name, now in _backbone(model, head_name, args) if not torch.equal(before[name], now.cpu())]
+        if changed:
+            raise RuntimeError(f"the frozen backbone changed in stage two: {', '.join(changed[:5])}.")
+    return trainer
+
+
+def _retrain(
+    model: nn.Module, args: RetrainingArguments, resume_from_checkpoint: str | bool | None, kwargs: dict[str, Any]
+) -> HeadTrainer:
+    layer = model.get_submodule(kwargs["head"])
     stage_one = stage_one_state(layer) if isinstance(layer, LINEAR) else None
     if not isinstance(layer, LINEAR):
         layer = replace_head(model, "linear")
     base = stage_one or {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
-    frozen = {name: tensor.clone() for name, tensor in _backbone(model, head_name, args).items()}
-    kwargs |= {"train_dataset": train_dataset, "head": head_name}
     heads: dict[str, dict[str, Tensor]] = {}
-    with _thawed_again(model):
-        for name in [name for name in args.heads if name in TRAINED_HEADS]:
-            layer.load_state_dict(base)
-            trainer = _train_head(model, layer, name, args, resume_from_checkpoint, kwargs)
-            if args.match_base_norm:
-                scale_to_norm(layer, base["weight"].norm())
-            heads[name] = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
+    for name in [name for name in args.heads if name in TRAINED_HEADS]:
         layer.load_state_dict(base)
-        if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
-            if not heads:
-                trainer = HeadTrainer(model, args, **kwargs)
-            with trainer.keeping_features():
-                found = _computed_heads(trainer, layer, computed, args)
-            heads |= {name: _state_of(linear, layer) for name, linear in found.items()}
+        trainer = _train_head(model, layer, name, args, resume_from_checkpoint, kwargs)
+        if args.match_base_norm:
+            scale_to_norm(layer, base["weight"].norm())
+        heads[name] = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
+    layer.load_state_dict(base)
+    if computed := [name for name in args.heads if name not in TRAINED_HEADS]:
+        if not heads:
+            trainer = HeadTrainer(model, args, **kwargs)
+        with trainer.keeping_features():
+            found = _computed_heads(trainer, layer, computed, args)
+        heads |= {name: _state_of(linear, layer) for name, linear in found.items()}
     trainer.heads = {name: heads[name] for name in args.heads}
     trainer.active_head = args.heads[0]
     layer.load_state_dict(trainer.heads[trainer.active_head])
     remember_stage_one(layer, stage_one)
     is_kept = stage_one is not None and args.backbone_statistics != "shifted"  # it is of use on the same features
     trainer.other_heads = ({"base": stage_one} if is_kept else {}) | trainer.heads
-    changed = [name for name, now in _backbone(model, head_name, args).items() if not torch.equal(frozen[name], now)]
-    if changed:
-        raise RuntimeError(f"the frozen backbone changed in stage two: {', '.join(changed[:5])}.")
     return trainer
 
 
@@ -227,24 +167,34 @@ def _check_given(args: RetrainingArguments, given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _thawed_again(model: nn.Module) -> Iterator[None]:
-    """Afterwards the parameters that take part in training are those of before."""
+def _all_or_nothing(model: nn.Module, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Gives the state of the model, which it has again, with the head `layer`, where anything fails or interrupts.
+
+    Either way the parameters that take part in training are then those of before.
+    """
+    head_name = next(name for name, module in model.named_modules() if module is layer)
+    identity = {name: getattr(model, name) for name in IDENTITY if hasattr(model, name)}
+    before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield
+        yield before
+    except BaseException:
+        model.set_submodule(head_name, layer)
+        for name, value in identity.items():
+            setattr(model, name, value)
+        model.load_state_dict(before)
+        raise
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
 
-def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> dict[str, Tensor]:
-    """What stage two must leave as it is."""
+def _backbone(model: nn.Module, head_name: str, args: RetrainingArguments) -> Iterator[tuple[str, Tensor]]:
+    """What stage two must leave as it is, with names."""
     may_move = ("running_mean", "running_var", "num_batches_tracked") if args.backbone_statistics == "shifted" else ()
-    return {
-        name: tensor.detach().cpu()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(f"{head_name}.") and not name.endswith(may_move)
-    }
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f"{head_name}.") and not name.endswith(may_move):
+            yield name, tensor.detach()
 
 
 def _train_head(
@@ -268,8 +218,11 @@ def _train_head(
     trainer.active_head = name
     logger.info("stage two trains the head %s (%s) alone", name, kwargs["head"])
     if images_only:
-        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        trainer.finish_head()
+        try:
+            trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+            trainer.finish_head()
+        finally:
+            trainer.drop_factors()
     else:
         optimizer = kwargs.get("optimizer_cls_and_kwargs")
         make = partial(HeadTrainer, learns_scales=learns_scales, optimizer_cls_and_kwargs=optimizer)

@@ -105,6 +105,10 @@ class RetrainingArguments(NCTrainingArguments):
                 "`features: cached` trains the head by itself, which is not evaluated on the way, so there is no best "
                 "checkpoint: set load_best_model_at_end: false and another save_strategy, or features: images."
             )
+        if self.loss in ("ldam", "dot_regression"):
+            raise ValueError(
+                f"stage two trains a linear head, and `loss: {self.loss}` needs one of unit weights. Set loss: ce."
+            )
         if self.objective != "classification":
             raise ValueError(f"stage two trains the head by classification, got `objective: {self.objective}`.")
         if self.max_norm_threshold is not None and self.match_base_norm:

@@ -19,6 +19,7 @@ from nc_hf.checkpoints import newest_complete
 from nc_hf.collapse_callback import CollapseCallback
 from nc_hf.data.images import ImageSet
 from nc_hf.evaluation import evaluate_classifier, geometry_of
+from nc_hf.head_trainer import HeadTrainer
 from nc_hf.hub import load_heads
 from nc_hf.image_sets import image_sets
 from nc_hf.interruption import SaveOnSignal
@@ -28,10 +29,11 @@ from nc_hf.models.headed import replace_head
 from nc_hf.models.image_settings import image_settings
 from nc_hf.models.routing import evaluate_routing, train_routing
 from nc_hf.paper_results import method_name
+from nc_hf.preflight import check_trainer
 from nc_hf.recipe import Recipe
 from nc_hf.release import public_name
 from nc_hf.results import environment, write_results
-from nc_hf.retraining import HeadTrainer, check_heads, retrain_classifier
+from nc_hf.retraining import check_heads, retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments, check_stages
 from nc_hf.run_log import RunLog
 from nc_hf.trainer import NCTrainer
@@ -96,6 +98,7 @@ def load_for_stages(recipe: Recipe, stages: dict[str, NCTrainingArguments], spli
     images = image_sets(recipe, splits, image_settings(model, processor))
     if "stage2" in stages:
         check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
+        check_trainer(stages["stage2"], {"train_dataset": images["train"]})  # what would be met after stage one
         if "stage1" in stages:
             check_stages(*stages.values(), has_validation="validation" in splits)
     return Loaded(model, processor, images)

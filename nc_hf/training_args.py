@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from nc_hf.argument_checks import (
     check_schedule,
 )
 from nc_hf.choices import check_choices
-from nc_hf.losses.classification import SUPERVISED_LOSSES, loss_entry
+from nc_hf.losses.classification import SUPERVISED_LOSSES, SupervisedLoss
 from nc_hf.losses.collapse import BetweenObjective, CenterMode, FeatureScale, Reduction
 from nc_hf.mixing import MixupRule
 from nc_hf.precision import Precision, check_precision, choose_precision
@@ -232,7 +233,7 @@ class NCTrainingArguments(TrainingArguments):
         check_choices(self, NCTrainingArguments)
         check_ranges(self)
         check_precision(self)
-        loss_entry(self.loss, self.loss_settings)
+        self.supervised_loss(class_counts=[1, 1])  # a setting out of range is refused before any data are read
         check_objective(self)
         check_corrections(self)
         check_schedule(self)
@@ -264,6 +265,25 @@ class NCTrainingArguments(TrainingArguments):
                     "epochs; below 1 it is a share of the run.",
                     *(name, value, num_epochs),
                 )
+
+    def supervised_loss(self, class_counts: Sequence[int] | None) -> SupervisedLoss:
+        """The loss of the classification, from the settings.
+
+        Args:
+            class_counts: (K,) training images per class, where known; only for a loss that uses them.
+
+        Raises:
+            ValueError: as `SupervisedLoss`, and for labels that would be smoothed twice.
+        """
+        settings = dict(self.loss_settings)
+        if self.label_smoothing_factor:
+            if "label_smoothing" in settings:
+                raise ValueError(
+                    f"`label_smoothing_factor` is {self.label_smoothing_factor}, and `label_smoothing` of "
+                    f"loss_settings {settings['label_smoothing']}: labels would be smoothed twice. Set one of them."
+                )
+            settings["label_smoothing"] = self.label_smoothing_factor
+        return SupervisedLoss(self.loss, class_counts, counts=self.loss_counts, **settings)
 
     @property
     def mixes_images(self) -> bool:

@@ -10,11 +10,12 @@ from small_images import SmallImages
 from torch import nn
 from transformers import TrainerCallback
 
+from nc_hf.head_trainer import HeadTrainer, max_norm_radius, project_rows
 from nc_hf.hub import load_heads, load_pretrained
 from nc_hf.models.classifier import load_classifier
 from nc_hf.models.headed import replace_head
 from nc_hf.models.saved_heads import stage_one_state
-from nc_hf.retraining import TAUS, HeadTrainer, max_norm_radius, project_rows, retrain_classifier
+from nc_hf.retraining import TAUS, retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
@@ -263,6 +264,34 @@ def test_a_head_that_is_not_there_any_more_is_not_gone_on_from(images, tmp_path)
     assert stage_one_state(other.fc)["weight"].shape == (3, 64)
 
 
+class Interrupt(TrainerCallback):
+    """What Ctrl-C does in the middle of a training."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("linear", ["crt"]), ("linear", ["lws"]), ("cosine", ["crt"])])
+def test_an_interrupted_stage_two_leaves_the_model_as_it_was(trained, images, tmp_path, kind, heads):
+    model = copy.deepcopy(trained)
+    if kind == "cosine":
+        replace_head(model, "cosine")
+    before, expected = copy.deepcopy(model.state_dict()), model.eval()(images.images)
+    told = dict(model._model_args), dict(model.pretrained_cfg)
+    with pytest.raises(KeyboardInterrupt):
+        retrain_classifier(model, images, arguments(tmp_path, heads=heads), callbacks=[Interrupt()])
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(model.eval()(images.images), expected)  # another memory format, so not to the bit
+    assert (model._model_args, model.pretrained_cfg) == told
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    trainer = retrain_classifier(model, images, arguments(tmp_path, heads=heads))
+    assert ("base" in trainer.other_heads) == (kind == "linear")
+    if kind == "linear":
+        assert torch.equal(trainer.other_heads["base"]["weight"], before["fc.weight"])
+
+
 def test_tau_is_chosen_on_the_validation_split(trained, images, tmp_path):
     model, validation = copy.deepcopy(trained), SmallImages(counts=(30, 30, 30, 30), seed=1)
     trainer = retrain_classifier(model, images, arguments(tmp_path, heads=["logit_adjusted"]), eval_dataset=validation)
@@ -298,6 +327,8 @@ def test_shifted_statistics_follow_the_draws_and_nothing_else_moves(trained, ima
         ({"features": "cached", "backbone_statistics": "shifted"}, "set features: images"),
         ({"heads": ["crt", "knn"]}, r"`heads` must be some of crt, lws, .* got \['crt', 'knn'\]"),
         ({"heads": []}, "`heads` must be some of"),
+        ({"loss": "ldam"}, "trains a linear head, and `loss: ldam` needs one of unit weights"),
+        ({"lr_scheduler_type": "cosine"}, "would be ignored beside `lr_cosine`.*Switch lr_cosine off"),
         ({"max_norm_threshold": -1.0}, "`max_norm_threshold` must be at least 0, got -1.0"),
     ],
 )

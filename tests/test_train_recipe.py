@@ -171,6 +171,19 @@ def test_another_number_of_processes_is_refused(folder, train):
     assert not (folder / "out/waiting").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("expected_processes", "2", "`expected_processes` is 2 but 1 started"),
+        ("bf16_full_eval", "true", "would cast the weights and not the images"),
+    ],
+)
+def test_a_stage_two_that_cannot_run_is_refused_before_stage_one(folder, train, setting, value, message):
+    with pytest.raises(SystemExit, match=message):
+        train(*SHORT, f"--stage2.{setting}", value, "--name", setting)
+    assert not (folder / "out" / setting / "checkpoints").exists()
+
+
 def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(train, monkeypatch):
     monkeypatch.setattr("nc_hf.processes.start_processes", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(SystemExit, match="between_weight"):

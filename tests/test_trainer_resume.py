@@ -37,6 +37,16 @@ def images() -> SmallImages:
         ({"start_epoch": 0.5, "replicate_leak": True}, "`centers` is ema. Set centers: learned"),
         ({"lr_milestones": [1], "lr_cosine": True}, "two schedules"),
         ({"warmup_epochs": 2}, "use `warmup_steps`"),
+        (
+            {"lr_cosine": True, "lr_scheduler_type": "cosine"},
+            "`lr_scheduler_type` would be ignored beside",
+        ),
+        (
+            {"lr_milestones": [1], "warmup_steps": 5},
+            "would be ignored beside `lr_milestones`.*`warmup_epochs` here",
+        ),
+        ({"effective_number_beta": 1.5}, r"`effective_number_beta` must lie in \[0, 1\), got 1.5"),
+        ({"loss": "focal", "loss_settings": {"gamma": -1}}, "`gamma` of a focal loss must be at least 0, got -1"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(tmp_path, settings, message):

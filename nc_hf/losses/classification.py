@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -142,24 +142,6 @@ SUPERVISED_LOSSES: dict[str, LossEntry] = {
 }
 
 
-def loss_entry(name: str, settings: Iterable[str] = ()) -> LossEntry:
-    """The loss of that name.
-
-    Args:
-        name: one of `SUPERVISED_LOSSES`.
-        settings: names that must be settings of it.
-
-    Raises:
-        ValueError: for an unknown loss or setting.
-    """
-    check_choice("loss", name, SUPERVISED_LOSSES)
-    entry = SUPERVISED_LOSSES[name]
-    if unknown := sorted(set(settings) - set(entry.settings)):
-        known = ", ".join(entry.settings) or "none"
-        raise ValueError(f"`loss: {name}` has no setting {', '.join(unknown)}. Its settings: {known}.")
-    return entry
-
-
 class SupervisedLoss(nn.Module):
     """A supervised loss with its settings and class counts.
 
@@ -184,7 +166,11 @@ class SupervisedLoss(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        entry = loss_entry(name, settings)
+        check_choice("loss", name, SUPERVISED_LOSSES)
+        entry = SUPERVISED_LOSSES[name]
+        if unknown := sorted(set(settings) - set(entry.settings)):
+            known = ", ".join(entry.settings) or "none"
+            raise ValueError(f"`loss: {name}` has no setting {', '.join(unknown)}. Its settings: {known}.")
         counts = entry.counts[0] if counts is None else counts
         if counts not in entry.counts:
             raise ValueError(
