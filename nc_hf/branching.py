@@ -43,9 +43,10 @@ def check_branch(recipe: Recipe, checkpoint: str | Path) -> None:
                 f"{path} is missing: `resume_from_checkpoint` must be <run>/checkpoints/stage1/checkpoint-<step> of a "
                 "run of recipes/train.py."
             )
-    epoch = json.loads(state.read_text())["epoch"]
+    told = json.loads(state.read_text())
+    epoch, epochs = told["epoch"], told["num_train_epochs"]
     recipe, other = _with_defaults(recipe), _with_defaults(load_recipe(other_path))
-    ours, theirs = _until(recipe, epoch), _until(other, epoch)
+    ours, theirs = _until(recipe, epoch, epochs), _until(other, epoch, epochs)
     wanted, kept = _centers(recipe), _centers(other)
     if recipe_digest(ours) != recipe_digest(theirs):
         names = sorted({*ours.stage1, *theirs.stage1})
@@ -73,10 +74,9 @@ def _centers(recipe: Recipe) -> str:
     return stage["centers"] if stage["within_weight"] or stage["between_weight"] else "no"
 
 
-def _until(recipe: Recipe, epoch: float) -> Recipe:
-    """What decides the weights of stage one until an epoch."""
+def _until(recipe: Recipe, epoch: float, epochs: int) -> Recipe:
+    """What decides the weights of stage one until an epoch, of so many."""
     stage = recipe.stage1
-    epochs = stage["num_train_epochs"]
     if stage["class_weighting"] == "none" or resolve_epoch(stage["drw_epoch"] or 0, epochs) >= epoch:
         stage = _without(stage, REWEIGHTING)
     late = resolve_epoch(stage["start_epoch"], epochs) >= epoch and not stage["replicate_leak"]

@@ -98,6 +98,7 @@ def train_on_cached_features(
     head_trainer = make_trainer(alone, head_args, train_dataset=cached, head="head", callbacks=trainer.user_callbacks)
     head_trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     head_trainer.finish_head()
+    trainer.num_epochs = head_trainer.num_epochs
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(alone.head.get_parameter(name).view_as(parameter))

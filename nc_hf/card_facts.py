@@ -110,8 +110,9 @@ def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any
         if given is None or stage not in results.get("training", {}):
             continue
         settings = defaults_of(stage) | given
-        epochs = settings["num_train_epochs"]
-        facts = {"drw": resolve_epoch(settings["drw_epoch"] or 0, epochs), "schedule": _schedule(settings)}
+        # A share of the run is one of its epochs as the trainer counts them, also where it ends within one.
+        epochs = math.ceil(results["training"][stage].get("epochs", settings["num_train_epochs"]))
+        facts = {"drw": resolve_epoch(settings["drw_epoch"] or 0, epochs), "schedule": _schedule(settings, epochs)}
         facts["start"] = resolve_epoch(settings["start_epoch"], epochs)
         heads = settings.get("heads") or []
         facts["trained"] = [head for head in heads if head in TRAINED_HEADS]
@@ -120,9 +121,8 @@ def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any
     return told
 
 
-def _schedule(stage: Mapping[str, Any]) -> str:
+def _schedule(stage: Mapping[str, Any], epochs: int) -> str:
     """How the learning rate changes, such as `times 0.1 after 160 and 180 epochs, warm-up over 5 epochs`."""
-    epochs = stage["num_train_epochs"]
     if stage["lr_milestones"]:
         milestones = " and ".join(f"{resolve_epoch(value, epochs):g}" for value in stage["lr_milestones"])
         schedule = f"times {stage['lr_decay']:g} after {milestones} epochs"

@@ -195,7 +195,8 @@ def _train_stage(
         wall["best_epoch"] = trainer.state.best_global_step / trainer.updates_per_epoch
     size = trainer.state.train_batch_size or args.per_device_train_batch_size  # as auto_find_batch_size may have it
     batch = size * args.gradient_accumulation_steps * args.world_size
-    told = {"epochs": float(args.num_train_epochs), "batch": batch, "processes": args.world_size}
+    epochs = args.num_train_epochs if args.max_steps <= 0 else getattr(trainer, "num_epochs", 0)  # 0: nothing trained
+    told = {"epochs": float(epochs), "batch": batch, "processes": args.world_size}
     return trainer, wall | speed | told
 
 

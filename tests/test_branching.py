@@ -24,7 +24,7 @@ def saved(folder: Path, epoch: float, *overrides: str) -> Path:
     checkpoint = folder / "checkpoints/stage1/checkpoint-7"
     checkpoint.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(None, [*PLAIN, *overrides])))
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"epoch": epoch}))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"epoch": epoch, "num_train_epochs": 10}))
     return checkpoint
 
 
@@ -44,6 +44,15 @@ def test_what_starts_later_may_differ(tmp_path: Path, ours: tuple, theirs: tuple
     else:
         with pytest.raises(ValueError, match="was trained otherwise"):
             check_branch(recipe, late)
+
+
+def test_a_share_of_a_run_that_counts_updates_is_one_of_its_epochs(tmp_path: Path) -> None:
+    """Half of the 10 epochs that the checkpoint tells of, whatever num_train_epochs says beside max_steps."""
+    counted = ("--stage1.max_steps", "70", "--stage1.num_train_epochs", "2")
+    recipe = load_recipe(None, [*PLAIN, *counted, *WEIGHTED])
+    check_branch(recipe, saved(tmp_path / "early", 5.0, *counted))
+    with pytest.raises(ValueError, match="was trained otherwise"):
+        check_branch(recipe, saved(tmp_path / "late", 6.0, *counted))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load
 
 from nc_hf.card_block import END, marked, merge_cards
 from nc_hf.card_citations import citations
-from nc_hf.card_facts import dataset_facts
+from nc_hf.card_facts import dataset_facts, stages
 from nc_hf.card_tables import accuracy_table
 from nc_hf.hub import save_pretrained
 from nc_hf.model_card import write_card
@@ -51,6 +51,13 @@ def card_of(tmp_path_factory):
         return (folder / "README.md").read_text(), metadata_load(folder / "README.md")["tags"]
 
     return make
+
+
+def test_a_run_that_counts_updates_is_told_with_its_own_epochs():
+    given = ["--stage1.max_steps", "1500", "--stage1.lr_milestones", "[0.8, 0.9]", "--stage1.start_epoch", "0.5"]
+    recipe = load_recipe(RECIPES / "cifar10_lt/nc_drw_crt.yaml", given)  # 200 epochs beside max_steps
+    (stage,) = stages(results(training={"stage1": {"epochs": 16.0}}), dump_recipe(recipe))
+    assert (stage["schedule"].partition(",")[0], stage["start"]) == ("times 0.01 after 12 and 14 epochs", 8)
 
 
 @pytest.mark.parametrize("change", [{"validation_fraction": 0.1}, {}])

@@ -116,6 +116,14 @@ def test_another_recipe_in_the_same_folder_is_refused(straight, train):
         train("--stage1.num_train_epochs", "4", "--stage2.num_train_epochs", "2", "--name", "straight")
 
 
+def test_a_run_that_counts_updates_tells_its_own_epochs(folder, train):
+    counted = ["--stage1.max_steps", "9", "--stage2.max_steps", "20", "--stage2.features", "cached"]
+    train(*counted, "--name", "counted", "--model.name", "resnet20_cifar")
+    told = json.loads((folder / "out/counted/results.json").read_text())["training"]
+    batches = [-(-444 // told[stage]["batch"]) for stage in ("stage1", "stage2")]
+    assert [told[stage]["epochs"] for stage in told] == [-(-9 // batches[0]), -(-20 // batches[1])]
+
+
 def test_stage_two_runs_alone_from_a_folder(folder, straight, train, caplog):
     options = ["--model.name", "out/straight/stage1", "--model.image_size", "null", "--stage1", "null"]
     with caplog.at_level("INFO"):
