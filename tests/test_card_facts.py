@@ -57,7 +57,7 @@ def test_a_run_that_counts_updates_is_told_with_its_own_epochs():
     given = ["--stage1.max_steps", "1500", "--stage1.lr_milestones", "[0.8, 0.9]", "--stage1.start_epoch", "0.5"]
     recipe = load_recipe(RECIPES / "cifar10_lt/nc_drw_crt.yaml", given)  # 200 epochs beside max_steps
     (stage,) = stages(results(training={"stage1": {"epochs": 16.0}}), dump_recipe(recipe))
-    assert (stage["schedule"].partition(",")[0], stage["start"]) == ("times 0.01 after 12 and 14 epochs", 8)
+    assert (stage["schedule"].partition(",")[0], stage["start"]) == ("times 0.1 after 12 and 14 epochs", 8)
 
 
 @pytest.mark.parametrize("change", [{"validation_fraction": 0.1}, {}])
