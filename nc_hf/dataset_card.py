@@ -84,17 +84,20 @@ def push_splits(
     try:
         commit = on_the_head(lambda: retried(lambda: splits.push_to_hub(repo_id, **options)))
         place = {"repo_id": repo_id, "repo_type": "dataset", "revision": commit.pr_revision or revision}
-        on_the_head(lambda: retried(lambda: _commit_card(api, place, facts, dataset)))
+        opens = create_pr and commit.pr_revision is None  # the images are there already
+        card = on_the_head(lambda: retried(lambda: _commit_card(api, place, facts, dataset, create_pr=opens)))
     except Exception as error:
         # Whatever a client raises here, the splits are as they were and the user is told how to go on.
         raise PushError(
             f"the push of {config_name} to {repo_id} failed: {reason_of(error)}\n"
             "Run it again; what has arrived is not sent twice."
         ) from error
-    return commit.pr_url or str(commit.repo_url)
+    return commit.pr_url or card.pr_url or str(commit.repo_url)
 
 
-def _commit_card(api: HfApi, place: Mapping[str, Any], facts: Mapping[str, Any], dataset: str | None) -> CommitInfo:
+def _commit_card(
+    api: HfApi, place: Mapping[str, Any], facts: Mapping[str, Any], dataset: str | None, *, create_pr: bool
+) -> CommitInfo:
     """Add the facts and a card of all configurations to the head that is read."""
     head = api.repo_info(**place).sha
     read = {**place, "revision": head}
@@ -107,8 +110,8 @@ def _commit_card(api: HfApi, place: Mapping[str, Any], facts: Mapping[str, Any],
         CommitOperationAdd(f"{facts['name']}/{FACTS}", (json.dumps(facts, indent=1) + "\n").encode()),
         CommitOperationAdd("README.md", card.encode()),
     ]
-    message = f"Card of {facts['name']}"
-    return api.create_commit(operations=operations, commit_message=message, parent_commit=head, **place)
+    settings = {"commit_message": f"Card of {facts['name']}", "parent_commit": head, "create_pr": create_pr}
+    return api.create_commit(operations=operations, **settings, **place)
 
 
 def split_facts(

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from nc_hf.models.classifier import find_head, load_classifier
-from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, local_folder
+from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, local_folder, stale_files
 from nc_hf.models.saved_heads import load_heads, remember_stage_one
 
 
@@ -41,7 +41,7 @@ def save_pretrained(
 
     Args:
         model: a plain timm model, a transformers model, or a timm model in transformers' wrapper.
-        folder: created if need be; other files in it stay.
+        folder: created if need be; other files in it stay, but for weights and image settings of an earlier model.
         label_names: K names; the model's own, or else `"0"` to `"K-1"`, when None.
         image_processor: of a transformers model, saved beside it.
         heads: state dicts of heads by name.
@@ -78,8 +78,11 @@ def save_pretrained(
         (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in staged.glob("*.safetensors"):
             shutil.copymode(staged / "config.json", path)  # safetensors makes files that only their owner reads
+        stale = stale_files([path.name for path in folder.iterdir()], staged)
         for path in sorted(staged.iterdir(), key=lambda path: path.name == WEIGHTS):
             os.replace(path, folder / path.name)
+        for name in stale:
+            (folder / name).unlink()
     return folder
 
 

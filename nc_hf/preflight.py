@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from nc_hf.argument_checks import PAIRED
 from nc_hf.collation import Collator, collate
+from nc_hf.models.saved_folder import odd_model_argument
 from nc_hf.random_state import unmoved_random_state
 from nc_hf.training_args import NCTrainingArguments
 
@@ -138,7 +139,14 @@ def _check_stream(args: NCTrainingArguments, dataset: IterableDataset) -> None:
 
 
 def warn_of_unsavable(classifier: nn.Module) -> None:
-    """Say at once of a model that is neither timm's nor transformers' that no folder can be made of it."""
+    """Say at once of a model that no folder can be made of it, or none that opens again."""
+    inner = getattr(classifier, "timm_model", classifier)
+    if odd := odd_model_argument(getattr(inner, "_model_args", {})):
+        logger.warning(
+            "%s was made with %s, which config.json cannot keep. It trains, and its checkpoints resume, but no saved "
+            "folder of it opens: make it with the name that timm has for it.",
+            *(type(classifier).__name__, odd),
+        )
     if not (hasattr(classifier, "pretrained_cfg") or hasattr(classifier, "config")):
         logger.warning(
             "%s is neither a timm model nor a transformers one. It trains, and its checkpoints resume, but save_model "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from nc_hf.card_block import merge_cards
 from nc_hf.doors import check_doors
 from nc_hf.model_card import renewed_card
-from nc_hf.models.saved_folder import HUB_FILES
+from nc_hf.models.saved_folder import HUB_FILES, stale_files
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def push_folder(
     """Push a saved folder in one commit; the repository and the branch are made if need be.
 
     A README on the Hub keeps what a person wrote: only our marked block and our metadata change. Files of the
-    repository that the folder does not have stay. Temporary faults (429, 5xx, time-outs) are retried three times.
+    repository that the folder does not have stay, but for weights and image settings of an earlier model. Temporary
+    faults (429, 5xx, time-outs) are retried three times.
 
     Args:
         folder: as `save_pretrained` or `build_release` writes it.
@@ -183,12 +184,16 @@ def on_the_head(commit: Callable[[], Any]) -> Any:
 def _commit(
     api: HfApi, folder: Path, card: str, repo_id: str, *, revision: str | None, create_pr: bool, commit_message: str
 ) -> Any:
-    head = retried(lambda: api.repo_info(repo_id, revision=revision).sha)
+    info = retried(lambda: api.repo_info(repo_id, revision=revision))
+    head = info.sha
     readme = _merged_readme(api, card, repo_id, head) if card else None
+    gone = [
+        CommitOperationDelete(name) for name in stale_files([file.rfilename for file in info.siblings or []], folder)
+    ]
     return retried(
         lambda: api.create_commit(
             repo_id,
-            list(_operations(folder, readme)),  # made anew for each try, since the client uses them up
+            [*_operations(folder, readme), *gone],  # made anew for each try, since the client uses them up
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,

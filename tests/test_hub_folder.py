@@ -29,6 +29,7 @@ from transformers import (
     pipeline,
 )
 
+from nc_hf.doors import check_doors
 from nc_hf.hub import load_heads, load_pretrained, save_pretrained
 from nc_hf.models.classifier import find_head, load_classifier, logits_of
 
@@ -283,6 +284,36 @@ def test_a_save_that_fails_leaves_what_was_saved(tmp_path, monkeypatch):
     save_pretrained(model, folder)
     assert (folder / "README.md").read_text() == "by hand"
     assert load_file(folder / "model.safetensors")["fc.weight"].abs().sum() == 0
+
+
+def test_a_timm_model_saved_over_one_of_transformers_is_alone_there(saved, tmp_path):
+    """transformers would read the earlier model's image settings and shards with it."""
+    model, folder = saved["transformers ViT"]
+    processor = load_pretrained(folder)[1]
+    there = save_pretrained(model, tmp_path / "out", image_processor=processor)
+    for name in ("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model_card.md"):
+        (there / name).write_text("{}")
+    assert (there / "preprocessor_config.json").exists()
+    save_pretrained(load_classifier("test_resnet", 4, NAMES)[0], there)
+    names = {path.name for path in there.iterdir()}
+    assert names == {"config.json", "model.safetensors", "nc_heads.safetensors", "model_card.md"}
+    assert check_doors(there)
+    save_pretrained(model, there, image_processor=processor)
+    save_pretrained(model, there)  # whose processor, saved by itself, is its own
+    assert (there / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"block_args": {"attn_layer": "eca"}}, {"channels": [8, 16, 24]}])
+def test_nested_arguments_of_an_architecture_are_saved_with_it(tmp_path, arguments):
+    name = "resnet18" if "block_args" in arguments else "test_resnet"
+    model, _ = load_classifier(name, 4, **arguments)
+    again, _ = load_pretrained(save_pretrained(model, tmp_path / "out"))
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_an_argument_that_no_folder_keeps_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"norm_layer=<class .*could not be saved.*the name that timm has for it"):
+        load_classifier("resnet18", 4, norm_layer=nn.BatchNorm2d)
 
 
 def test_a_folder_whose_parent_is_another_disk_can_be_saved_to(tmp_path, monkeypatch):

@@ -232,6 +232,25 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         assert error.mean() < (100 if mode == "1" else 30 if mode == "P" else 1)
 
 
+def test_a_gray_map_of_16_bits_is_scaled_and_an_image_of_16_bits_is_turned() -> None:
+    gray = np.arange(32 * 8, dtype=np.uint16).reshape(16, 16) * 256 + 200
+    gray_map = {"bytes": b"P5 16 16 65535\n" + gray.astype(">u2").tobytes(), "path": None}
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    turned = encoded(PIL.Image.fromarray(gray), exif=exif)
+    pixels = ResidentImages(labelled([gray_map, turned]), transform("none", (16, 16))).pixels
+    assert np.array_equal(pixels[0, ..., 0], gray >> 8)
+    assert np.array_equal(pixels[1, ..., 0], np.rot90(gray >> 8, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(dtype: type) -> None:
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.full((16, 16), 0.5, dtype)).save(file, "TIFF")
+    with pytest.raises(ValueError, match="32-bit numbers .mode [IF]. of no known range; save it with 8 bits"):
+        ResidentImages(labelled([{"bytes": file.getvalue(), "path": None}]), transform("none", (16, 16)))
+
+
 def test_images_of_16_bits_are_scaled_and_told(caplog: pytest.LogCaptureFixture) -> None:
     images_module._tell_of_16_bits.cache_clear()
     gray = np.arange(256, dtype=np.uint16).reshape(16, 16) * 256 + 200

@@ -196,7 +196,7 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
         where: names the image in errors, beside its path.
 
     Raises:
-        ValueError: for a file that cannot be read, is cut off, or is so large that it looks like an attack.
+        ValueError: for a file that cannot be read, is cut off, has pixels of 32 bits, or is as large as an attack.
     """
     content, path = (None, None) if encoded is None else (encoded["bytes"], encoded["path"])
     try:
@@ -209,15 +209,24 @@ def decode_image(encoded: dict[str, Any] | None, where: str) -> PIL.Image.Image:
             limit = PIL.Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS")
-            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
-                _tell_of_16_bits()
-                return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            return PIL.ImageOps.exif_transpose(_to_8_bits(image)).convert("RGB")
     except UNREADABLE as error:
         name = f" ({path})" if path else ""
         raise ValueError(
             f"the image in {where}{name} cannot be read: {error}. Repair or remove it, or set on_bad_image: skip."
         ) from error
+
+
+def _to_8_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image, one of 16 bits scaled down; Pillow would clip it at 255, and make a float image black."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        _tell_of_16_bits()
+        scaled = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        scaled.info["exif"] = image.getexif().tobytes()  # which says how it is turned
+        return scaled
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers (mode {image.mode}) of no known range; save it with 8 bits")
+    return image
 
 
 @cache

@@ -16,7 +16,7 @@ from nc_hf.models.experts import ExpertsHead
 from nc_hf.models.feature_tap import FeatureTap, check_tap, logits_of
 from nc_hf.models.headed import renew_head
 from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
-from nc_hf.models.saved_folder import is_timm_config, local_folder, read_config, saved_class_names
+from nc_hf.models.saved_folder import is_timm_config, local_folder, odd_model_argument, read_config, saved_class_names
 from nc_hf.models.saved_heads import remember_saved
 
 __all__ = [
@@ -135,6 +135,11 @@ def _load_timm(
         model_args = timm.models.resolve_model_input_args(source, {"img_size": image_size}, **model_args)
         source = model_args.pop("model_name")
     model = timm.create_model(source, pretrained=pretrained, **model_args)
+    if odd := odd_model_argument(getattr(model, "_model_args", {})):
+        raise ValueError(
+            f"the model argument {odd} could not be saved with the model: config.json has names, numbers and "
+            "objects of them. Write the name that timm has for it."
+        )
     cfg = dict(model.pretrained_cfg)
     if pretrained and model.num_classes != cfg["num_classes"]:  # timm has then let weights be missing
         raise ValueError(f"{source} has {cfg['num_classes']} classes, and model arguments for {model.num_classes}.")

@@ -11,7 +11,8 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
+SHARD = r"model-\d+-of-\d+\.safetensors"
 HEADS = "nc_heads.safetensors"
 HUB_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors*", HEADS, "recipe.yaml"]
 FORMAT = 1  # of the key `nc_hf` in config.json
@@ -128,14 +130,47 @@ def _check_timm_arguments(config: dict[str, Any], path: Path) -> None:
     for key in ("model_args", "pretrained_cfg"):
         if not isinstance(config.get(key), dict | None):
             raise ValueError(f"{path} must have an object as {key}, found {config[key]!r:.80}.")
-    for name, value in (config.get("model_args") or {}).items():
-        values = value if isinstance(value, list) else [value]
-        known = not name.startswith("pretrained") and name not in FACTORY_ARGUMENTS
-        if not known or not all(isinstance(v, str | int | float | None) for v in values):
-            raise ValueError(f"{path} has the model argument {name}={value!r:.80}, which is not accepted.")
+    if odd := odd_model_argument(config.get("model_args") or {}):
+        raise ValueError(f"{path} has the model argument {odd}, which is not accepted.")
     for name in REFUSED_SETTINGS:
         if (config.get("pretrained_cfg") or {}).get(name):
             raise ValueError(f"{path} has pretrained_cfg.{name}, which is not accepted.")
+
+
+def odd_model_argument(arguments: Mapping[str, Any]) -> str | None:
+    """The first argument of an architecture that is not accepted in a folder, as `name=value`; None where all are.
+
+    A value is plain, a list of plain ones, or an object of these.
+    """
+    for name, value in arguments.items():
+        inner = dict(value) if isinstance(value, Mapping) else {name: value}
+        allowed = all(_is_of_architecture(key) for key in (name, *inner))
+        if not allowed or not all(_is_plain(part) for part in inner.values()):
+            return f"{name}={value!r:.80}"
+    return None
+
+
+def _is_of_architecture(argument: Any) -> bool:
+    return isinstance(argument, str) and not argument.startswith("pretrained") and argument not in FACTORY_ARGUMENTS
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(part, str | int | float | None) for part in values)
+
+
+def stale_files(names: Iterable[str], folder: Path) -> list[str]:
+    """Those of some files that would be read with a newly saved model, and are of an earlier one.
+
+    Args:
+        names: of files in a folder or repository, to which the model goes.
+        folder: where it was saved.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    found = [name for name in names if name in (WEIGHTS, WEIGHTS_INDEX) or re.fullmatch(SHARD, name)]
+    if is_timm_config(config):  # whose settings of images are in its config
+        found += [name for name in names if name == "preprocessor_config.json"]
+    return [name for name in found if not (folder / name).exists()]
 
 
 def _check_classes(config: dict[str, Any], path: Path) -> None:
