@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from nc_hf.card_block import escaped
 from nc_hf.data.provenance import PROVENANCE
+from nc_hf.data.splits import BUILDERS
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
 from nc_hf.models.saved_folder import WEIGHTS
 from nc_hf.recipe_sections import defaults_of
@@ -93,13 +94,19 @@ def origin(recipe: str | None) -> str | None:
         recipe: YAML of the run; None where there is none.
     """
     model = (yaml.safe_load(recipe) if recipe else {}).get("model") or {}
-    name = re.sub("^(local-dir|hf-hub):", "", model.get("name") or "")
+    name = re.sub("^(local-dir|hf-hub):|@.*$", "", model.get("name") or "")
     return name if name and (model.get("pretrained") or not timm.is_model(name)) else None
 
 
 def is_public(name: str) -> bool:
     """Whether others can load weights of that name: a Hub id or an architecture of timm, and no folder."""
     return name.count("/") == 1 or timm.is_model(name)
+
+
+def has_public_data(recipe: str) -> bool:
+    """Whether others can load the data of a recipe (YAML): a benchmark, or a Hub id, of which no path was cut off."""
+    name = (yaml.safe_load(recipe).get("data") or {}).get("dataset") or ""
+    return name in BUILDERS or name.count("/") == 1
 
 
 def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any]]:

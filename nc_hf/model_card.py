@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nc_hf.card_block import escaped, marked, merge_cards, metadata_of
 from nc_hf.card_citations import citations
-from nc_hf.card_facts import dataset_facts, input_size, is_public, origin, parameters, stages
+from nc_hf.card_facts import dataset_facts, has_public_data, input_size, is_public, origin, parameters, stages
 from nc_hf.card_tables import ACCURACIES, HEADS, accuracy_table, better_head, class_rows, geometry_table
 from nc_hf.doors import doors_of, needs_nc_hf
 
@@ -147,7 +147,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
         },
         recipe=recipe,
         base_model=base_model and escaped(base_model),
-        repeatable=recipe is not None and (base_model is None or is_public(base_model)),
+        repeatable=recipe is not None and (base_model is None or is_public(base_model)) and has_public_data(recipe),
         stages=told,
         skipped=sum(first.get("skipped_images", {}).values()),
         environment={key: first[key] for key in ("versions", "device", "git_revision") if first.get(key)},
@@ -201,16 +201,17 @@ def _card_data(
                     metric_value=round(value, 4),
                 )
             )
-    return ModelCardData(
-        library_name=library,
-        pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*tags, *([own_tags] if isinstance(own_tags, str) else own_tags)])),
-        datasets=[dataset["hub_id"]] if dataset["hub_id"] else own_datasets,
-        metrics=["accuracy"] if evaluations else None,
-        model_name=name if evaluations else None,
-        eval_results=evaluations or None,
+    settings = {
+        "library_name": library,
+        "pipeline_tag": "image-classification",
+        "metrics": ["accuracy"] if evaluations else None,
+        "model_name": name if evaluations else None,
+        "eval_results": evaluations or None,
         **further,
-    )
+        "tags": list(dict.fromkeys([*tags, *([own_tags] if isinstance(own_tags, str) else own_tags)])),
+        "datasets": [dataset["hub_id"]] if dataset["hub_id"] else own_datasets,
+    }
+    return ModelCardData(**settings)
 
 
 def _tags(dataset: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:

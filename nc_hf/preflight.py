@@ -112,6 +112,11 @@ def _check_accelerator(args: NCTrainingArguments) -> None:
             "`dispatch_batches` draws other images when a run is resumed within an epoch, and is of use for streams "
             "alone. Leave it out of accelerator_config."
         )
+    if args.accelerator_config.split_batches:
+        raise ValueError(
+            "`split_batches` divides each batch among the processes, where batches are counted here for each of them. "
+            "Leave it out of accelerator_config, and set per_device_train_batch_size to the share of one process."
+        )
     if not args.accelerator_config.even_batches:
         raise ValueError(
             "`even_batches: False` gives processes batches of different sizes, which class means and evaluation "

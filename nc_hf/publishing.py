@@ -41,11 +41,12 @@ class PushError(RuntimeError):
     """A push that did not happen; the local folder is complete, and the message says how to push it later."""
 
 
-def check_access(repo_id: str, *, token: str | None = None) -> str:
+def check_access(repo_id: str, *, repo_type: str = "model", token: str | None = None) -> str:
     """Make sure, before hours of training, that a push can succeed.
 
     Args:
         repo_id: `"user/name"`, or a name in the user's own namespace; it need not exist yet.
+        repo_type: `"model"` or `"dataset"`.
         token: the one of `hf auth login` when None.
 
     Returns:
@@ -55,7 +56,7 @@ def check_access(repo_id: str, *, token: str | None = None) -> str:
         PushError: for a name that the Hub does not allow, no token or one that the Hub does not know or that may
             only read, a namespace or a repository of somebody else, or a Hub that cannot be reached.
     """
-    api = HfApi(token=token)
+    api = HfApi(token=token and token.strip())
     try:
         validate_repo_id(repo_id)
         user = retried(api.whoami)
@@ -65,8 +66,8 @@ def check_access(repo_id: str, *, token: str | None = None) -> str:
         owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
         if repo_id.split("/")[0] not in owners:
             raise ValueError(f"the token is for {', '.join(owners)}. Choose one of these in place of {repo_id!r}.")
-        if retried(lambda: api.repo_exists(repo_id)):
-            retried(lambda: api.auth_check(repo_id, write=True))
+        if retried(lambda: api.repo_exists(repo_id, repo_type=repo_type)):
+            retried(lambda: api.auth_check(repo_id, repo_type=repo_type, write=True))
         return repo_id
     except LocalTokenNotFoundError:
         raise PushError(f"cannot push to {repo_id}: there is no token. Run `hf auth login` first.") from None
@@ -93,7 +94,7 @@ def push_folder(
 
     Args:
         folder: as `save_pretrained` or `build_release` writes it.
-        repo_id: `"user/name"`.
+        repo_id: `"user/name"`, or a name in the user's own namespace.
         private: visibility of a new repository; the account's default when None.
         revision: the branch; main when None.
         create_pr: open a pull request instead of committing to the branch.
@@ -111,6 +112,8 @@ def push_folder(
     if not (folder / "config.json").is_file():
         raise PushError(f"{folder} has no config.json: it is not a saved classifier.")
     place = {"private": private, "revision": revision, "create_pr": create_pr}
+    if "/" not in repo_id:
+        repo_id = check_access(repo_id, token=token)
     if check:
         check_folder(folder, repo_id, **place)
     try:
@@ -118,7 +121,7 @@ def push_folder(
     except (ValueError, OSError) as error:
         raise _refused(folder, repo_id, error, place) from error
     try:
-        api = HfApi(token=token)
+        api = HfApi(token=token and token.strip())
         url = retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
         if revision is not None and not revision.startswith("refs/pr/"):  # a pull request is there already
             retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))

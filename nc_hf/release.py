@@ -47,7 +47,8 @@ def build_release(
 
     Raises:
         FileNotFoundError: for a run, twin or seed that is not finished.
-        ValueError: for a figure that is not finite, or seeds that are of another recipe or were given twice.
+        ValueError: for a figure that is not finite, a twin of other data or another network, or seeds that are of
+            another recipe or were given twice.
     """
     run = Path(run)
     folder = run / RELEASE_FOLDER if folder is None else Path(folder)
@@ -58,7 +59,7 @@ def build_release(
     if stage is None:
         raise FileNotFoundError(f"{run} has no stage1 or stage2: it is no folder of a run. Give out/<run>.")
     others = _results_of_seeds(run, recipe, results, seeds)
-    of_twin = None if twin is None else (read_run(Path(twin))[0], class_means_of(Path(twin)))
+    of_twin = None if twin is None else (_results_of_twin(run, recipe, Path(twin)), class_means_of(Path(twin)))
     for old in ("twin.json", "seeds", "figures", ".eval_results"):
         shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(missing_ok=True)
     shutil.copytree(stage, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
@@ -73,6 +74,15 @@ def build_release(
     _draw_figures(folder, results, means, None if of_twin is None else of_twin[1])
     write_card(folder, repo_id, **metadata)
     return folder
+
+
+def _results_of_twin(run: Path, recipe: Recipe, twin: Path) -> dict[str, Any]:
+    """Results of a run that may differ from this one in its stages alone."""
+    found, theirs = read_run(twin)
+    theirs = _without_paths(theirs)
+    if differing := [name for name in ("model", "data") if getattr(theirs, name) != getattr(recipe, name)]:
+        raise ValueError(f"{twin} is no twin of {run}: their {' and '.join(differing)} differ. Give one of the same.")
+    return found
 
 
 def _results_of_seeds(

@@ -249,8 +249,9 @@ class NCTrainingArguments(TrainingArguments):
 
     def warn_about_late_epochs(self, num_epochs: float) -> None:
         """Warn of what would start after the last of `num_epochs` epochs."""
-        for name in ("start_epoch", "drw_epoch"):
-            value = getattr(self, name)
+        late = [(name, getattr(self, name)) for name in ("start_epoch", "drw_epoch")]
+        late += [("lr_milestones", milestone) for milestone in self.lr_milestones or [] if milestone >= 1]
+        for name, value in late:
             if value is None or resolve_epoch(value, num_epochs) < num_epochs or num_epochs <= 0:
                 continue
             if 0 < value < 1:

@@ -95,7 +95,7 @@ def push_dataset(arguments: list[str]) -> None:
             "`data.test_split` and `data.validation_fraction` choose splits for one's own work, which others would "
             "take for those of the data set. Leave them out."
         )
-    repo_id = check_access(options.pop("repo_id"))
+    repo_id = check_access(options.pop("repo_id"), repo_type="dataset")
     options |= {"config_name": config_name_for(data), "dataset": data.dataset}
     if data.imbalance_ratio is not None:
         options["facts"] = {"profile": data.profile, "imbalance_ratio": data.imbalance_ratio, "seed": data.seed}

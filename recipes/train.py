@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> None:
     with usage_errors():
         recipe = load_recipe(path, arguments)
     state = start_processes((recipe.stage1 or recipe.stage2).get("expected_processes"))
-    run = Path(recipe.output_dir) / (recipe.name or "-".join(Path(path).with_suffix("").parts[-2:]))
+    parts = [part for part in Path(path).with_suffix("").parts[-2:] if part not in (Path(path).anchor, "..")]
+    run = Path(recipe.output_dir) / (recipe.name or "-".join(parts))
     if recipe.hub.repo_id and state.is_main_process:
         check_destination(recipe)
     results, failed = train(recipe, run, state), None

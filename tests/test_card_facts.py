@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load
 
 from nc_hf.card_block import END, marked, merge_cards
 from nc_hf.card_citations import citations
-from nc_hf.card_facts import dataset_facts, stages
+from nc_hf.card_facts import dataset_facts, origin, stages
 from nc_hf.card_tables import accuracy_table
 from nc_hf.hub import save_pretrained
 from nc_hf.model_card import write_card
@@ -51,6 +51,25 @@ def card_of(tmp_path_factory):
         return (folder / "README.md").read_text(), metadata_load(folder / "README.md")["tags"]
 
     return make
+
+
+def test_what_others_cannot_run_is_not_said_to_train_again(card_of):
+    assert "trains it again" in card_of("ce_drw")[0]
+    assert "trains it again" not in card_of("ce_drw", "--data.dataset", "birds", "--data.imbalance_ratio", "null")[0]
+    assert "trains it again" in card_of("ce_drw", "--data.dataset", "me/birds", "--data.imbalance_ratio", "null")[0]
+
+
+@pytest.mark.parametrize("name", ["me/model@v1", "hf-hub:me/model", "hf-hub:me/model@refs/pr/1"])
+def test_a_base_model_is_named_without_its_revision(name):
+    assert origin(dump_recipe(load_recipe(None, ["--model.name", name]))) == "me/model"
+
+
+def test_keywords_of_a_card_may_be_those_that_it_has(card_of, tmp_path):
+    model, _ = load_classifier("resnet20_cifar", 2)
+    save_pretrained(model, tmp_path)
+    write_results(tmp_path / "results.json", results())
+    write_card(tmp_path, "user/name", library_name="mine", metrics=["f1"])
+    assert metadata_load(tmp_path / "README.md")["library_name"] == "mine"
 
 
 def test_a_run_that_counts_updates_is_told_with_its_own_epochs():

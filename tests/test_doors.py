@@ -131,6 +131,13 @@ def test_classes_of_one_name_are_no_hindrance(tmp_path, monkeypatch):
         check_doors(folder)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "ViT"])
+def test_a_model_in_bfloat16_passes_the_check(tmp_path, name):
+    model, processor = load_classifier(name, 5) if name not in NATIVE else (NATIVE[name][0](NATIVE[name][1]), SQUARE)
+    folder = save_pretrained(model.to(torch.bfloat16), tmp_path / "half", image_processor=processor)
+    assert check_doors(folder) == doors_of(folder)
+
+
 def test_the_check_names_a_door_that_does_not_open(folders, tmp_path):
     folder = tmp_path / "half"
     folder.mkdir()

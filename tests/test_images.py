@@ -270,6 +270,17 @@ def test_images_are_turned_as_their_exif_says() -> None:
     assert torch.equal(images.pixels[0], images.pixels[1].flip(0, 1))
 
 
+def test_columns_can_be_named() -> None:
+    names = Features({"img": Image(), "fine": ClassLabel(num_classes=5), "coarse": ClassLabel(num_classes=2)})
+    images = [encoded(PIL.Image.fromarray(pixels((8, 8), i))) for i in range(3)]
+    dataset = Dataset.from_dict({"img": images, "fine": [4, 0, 2], "coarse": [1, 0, 1]}, features=names)
+    with pytest.raises(ValueError, match="found fine, coarse. Name it by `label_column`"):
+        load_images(dataset, transform("none", (8, 8)))
+    found = load_images(dataset, transform("none", (8, 8)), label_column="coarse")
+    assert found.labels.tolist() == [1, 0, 1] and len(found.class_names) == 2
+    assert load_images(dataset, transform("none", (8, 8)), label_column="fine").labels.tolist() == [4, 0, 2]
+
+
 def test_images_in_an_archive_are_read_where_they_are(tmp_path: Path) -> None:
     image = PIL.Image.fromarray(pixels((5, 7), 1))
     with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:

@@ -219,6 +219,14 @@ def test_the_release_of_a_run_can_be_its_twin(without_pictures, tmp_path):
     assert json.loads((folder / "twin.json").read_text())["methods"]["base"] == "CE-DRW"
 
 
+@pytest.mark.parametrize(("setting", "value"), [("data.imbalance_ratio", "10"), ("model.name", "resnet20_cifar")])
+def test_a_run_of_other_data_or_another_network_is_no_twin(without_pictures, tmp_path, setting, value):
+    run, other = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
+    (other / "recipe.yaml").write_text(dump_recipe(load_recipe(other / "recipe.yaml", [f"--{setting}", value])))
+    with pytest.raises(ValueError, match=f"is no twin of .*: their {setting.partition('.')[0]} differ"):
+        build_release(run, twin=other)
+
+
 def test_the_revision_is_that_of_a_repository_that_keeps_the_file(tmp_path):
     """A package in `.venv` of somebody's own repository has no revision of its own."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]

@@ -69,6 +69,12 @@ def test_a_frozen_backbone_keeps_its_weights(tmp_path):
     assert moved == {"head.weight", "head.bias"}
 
 
+def test_a_stream_may_have_an_attribute_of_that_name(tmp_path):
+    stream = Stream()
+    stream.labels = ["ant", "bee", "cat", "dog"]
+    assert labels_of(stream) is None
+
+
 def test_stage_two_on_a_stream_is_refused_as_it_could_not_draw_classes_alike(tmp_path):
     args = RetrainingArguments(output_dir=str(tmp_path), **SHORT | {"lr_cosine": False})
     with pytest.raises(ValueError, match=r"`sampler: class_balanced` draws images by their labels.*stream \(Stream\)"):
@@ -99,6 +105,7 @@ def test_another_draw_of_images_is_refused(tmp_path):
     ("config", "message"),
     [
         ({"dispatch_batches": True}, "`dispatch_batches` draws other images when a run is resumed"),
+        ({"split_batches": True}, "`split_batches` divides each batch among the processes"),
         ({"even_batches": False}, "`even_batches: False` gives processes batches of different sizes"),
     ],
 )

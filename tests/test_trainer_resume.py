@@ -59,6 +59,13 @@ def test_a_term_that_never_starts_is_warned_of(tmp_path, caplog):
     assert "`start_epoch` is 9 but the run has 4 epochs: it is never switched on" in caplog.text
 
 
+def test_a_milestone_after_the_run_is_warned_of(tmp_path, caplog):
+    arguments(tmp_path, lr_milestones=[0.9, 3])
+    assert not caplog.text
+    arguments(tmp_path, lr_milestones=[2, 160])
+    assert "`lr_milestones` is 160 but the run has 4 epochs" in caplog.text
+
+
 def test_a_head_of_another_size_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="has 7 outputs but the training data have 4 classes.*num_labels=4"):
         NCTrainer(network(7), arguments(tmp_path), train_dataset=images)

@@ -99,7 +99,7 @@ class LongTailBuilder(ArrowBasedBuilder):
         # The cache is named after the module unless a data set name is given, so all builders here would share it.
         kwargs = {"dataset_name": type(self).__name__} | kwargs
         if data_dir is not None:  # else the cache would know the folder by its spelling alone
-            data_dir = os.path.abspath(data_dir)
+            data_dir = os.path.abspath(os.path.expanduser(data_dir))
             kwargs["hash"] = _state_of_files(Path(data_dir), self.SOURCE_FILES)
         super().__init__(*arguments, data_dir=data_dir, **kwargs)
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from nc_hf.choices import check_choice
 from nc_hf.data.augment import ImageTransform
-from nc_hf.data.columns import dataset_labels, find_image_column
+from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +246,8 @@ def load_images(
     seed: int = 0,
     on_bad_image: Literal["error", "skip"] = "error",
     check: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> ImageSet:
     """The image set of one split, resident when its images fit in memory and are augmented as batches.
 
@@ -256,12 +258,19 @@ def load_images(
         seed: of the augmentation.
         on_bad_image: `"error"` names an unreadable image, `"skip"` leaves it out and counts it.
         check: decode every image once now, also where they are streamed, so that an unreadable one is met at once.
+        image_column: found when None.
+        label_column: found when None.
 
     Raises:
-        ValueError: for an unknown choice, an unreadable image, or when resident images cannot have the augmentation.
+        ValueError: for an unknown choice, a missing column, an unreadable image, or when resident images cannot have
+            the augmentation.
     """
     check_choice("input_path", input_path, InputPath.__args__)
     check_choice("on_bad_image", on_bad_image, ("error", "skip"))
+    if image_column or label_column:
+        chosen = {find_image_column(dataset, image_column): "image", find_label_column(dataset, label_column): "label"}
+        dataset = dataset.select_columns(list(chosen))
+        dataset = dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
     needed = len(dataset) * transform.size[0] * transform.size[1] * 3
     room = min(MAX_RESIDENT_BYTES, psutil.virtual_memory().available // 4)
     chosen = input_path

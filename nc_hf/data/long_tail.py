@@ -139,8 +139,8 @@ def train_validation_split(
 ) -> tuple[Dataset, Dataset]:
     """Hold a stratified validation split out of a training set, so that nothing is ever chosen on the test split.
 
-    Of each class with at least 5 images max(1, round(fraction n_k)) are held out, of smaller classes none: a
-    validation score is then a mean over the classes present.
+    Of each class with at least 5 images max(1, round(fraction n_k)) are held out, but never all, of smaller classes
+    none: a validation score is then a mean over the classes present.
 
     Args:
         dataset: to split.
@@ -161,6 +161,7 @@ def train_validation_split(
     for k in range(len(names)):
         rows = np.flatnonzero(labels == k)
         if len(rows) >= FEWEST_TO_SPLIT:
-            held.append(generator.permutation(rows)[: max(1, round(fraction * len(rows)))])
+            count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+            held.append(generator.permutation(rows)[:count])
     held = np.sort(np.concatenate(held)) if held else np.empty(0, dtype=np.int64)
     return dataset.select(np.setdiff1d(np.arange(len(labels)), held)), dataset.select(held)

@@ -186,6 +186,8 @@ class Routes:
 
     def _branch(self, seen: Seen, target: Target) -> Response:
         ref, refs = f"refs/heads/{target.rest[0]}", target.repository["refs"]
+        if target.rest[0].startswith("refs/"):
+            raise Refused(400, f"Invalid reference name: {target.rest[0]}")
         with self.store.lock:
             if ref in refs:
                 raise Refused(409, f"Reference already exists: {target.rest[0]}")

@@ -112,6 +112,18 @@ def test_private_branch_and_pull_request(hub, user, digits):
     assert "r20/split.json" in hub.files(name, "refs/pr/1", kind="dataset") and BEGIN in readme(hub, name, "refs/pr/1")
 
 
+def test_a_pull_request_of_known_images_holds_the_card_alone(hub, user, digits):
+    name = f"{user}/known"
+    push_splits(digits, name, config_name="r20", dataset="digits")
+    before = hub.files(name, kind="dataset")
+    changed = before["README.md"].replace(b"| class |", b"| Class |")
+    hub.commit(name, {"README.md": changed}, "somebody else", kind="dataset")
+    url = push_splits(digits, name, config_name="r20", dataset="digits", create_pr=True)
+    assert url.endswith("/discussions/1")
+    assert hub.files(name, kind="dataset")["README.md"] == changed != before["README.md"]
+    assert hub.files(name, "refs/pr/1", kind="dataset") == before
+
+
 @pytest.mark.parametrize("commit", [1, 2], ids=["of the images", "of the card"])
 def test_a_commit_by_somebody_else_in_between_is_kept(hub, user, digits, commit):
     name, seen = f"{user}/raced{commit}", []

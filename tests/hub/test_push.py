@@ -140,6 +140,16 @@ def test_private_branch_and_pull_request(hub, user, folder):
     assert "model.safetensors" in hub.files(f"{user}/secret", "refs/pr/1")
 
 
+def test_a_pull_request_that_is_open_gets_another_commit(hub, user, folder):
+    push_folder(folder, f"{user}/reviewed")
+    (folder / "notes.md").write_text("first")
+    push_folder(folder, f"{user}/reviewed", create_pr=True)
+    (folder / "notes.md").write_text("second")
+    push_folder(folder, f"{user}/reviewed", revision="refs/pr/1")
+    assert hub.files(f"{user}/reviewed", "refs/pr/1")["notes.md"] == b"second"
+    assert "notes.md" not in hub.files(f"{user}/reviewed")
+
+
 def test_a_fault_of_the_moment_is_retried(hub, user, folder):
     hub.fail(lambda request: "/commit/" in request.path, status=503, times=2)
     push_folder(folder, f"{user}/retried")
@@ -278,8 +288,9 @@ def test_a_token_that_was_given_is_in_no_message():
     assert "tok-given" not in publishing.reason_of(error, "tok-given\n")
 
 
-def test_a_bare_name_is_the_users_own(hub, user):
+def test_a_bare_name_is_the_users_own(hub, user, folder):
     assert check_access("model") == f"{user}/model"
+    assert push_folder(folder, "model", token=f" {hub.token}\n").endswith(f"{user}/model")
 
 
 def test_the_token_is_in_no_message_and_no_file(hub, user, folder, caplog):
