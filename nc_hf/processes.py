@@ -37,11 +37,15 @@ def start_processes(expected: int | None = None) -> PartialState:
             "Launch with a file of recipes/accelerate/ (`accelerate launch --cpu --num_processes 2` starts one)."
         )
     if not _threads_are_given():
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // processes_here))
+        torch.set_num_threads(max(1, cores // processes_here()))
     logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
     return state
+
+
+def processes_here() -> int:
+    """Number of processes of this run on this machine, which share its cores and memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _threads_are_given() -> bool:

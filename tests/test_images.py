@@ -308,8 +308,15 @@ def test_path_is_chosen_by_size_and_augmentation(
         assert isinstance(load_images(dataset, transform("crop_flip"), input_path="streamed"), StreamedImages)
         assert "input path streamed (as asked for)" in caplog.text
     needed = 4 * 32 * 32 * 3
-    for available, expected in ((4 * needed, ResidentImages), (4 * needed - 1, StreamedImages)):
-        memory = type("Memory", (), {"available": available})
+    cases = [
+        ("1", 4, ResidentImages),
+        ("1", 3.99, StreamedImages),
+        ("2", 8, ResidentImages),
+        ("2", 7.99, StreamedImages),
+    ]
+    for processes, times, expected in cases:  # processes of this machine, which share its memory
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        memory = type("Memory", (), {"available": int(times * needed)})
         monkeypatch.setattr(images_module.psutil, "virtual_memory", lambda memory=memory: memory)
         assert isinstance(load_images(dataset, transform("crop")), expected)
 

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from nc_hf.choices import check_choice
 from nc_hf.data.augment import ImageTransform
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column
+from nc_hf.processes import processes_here
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ def load_images(
         dataset = dataset.select_columns(list(chosen))
         dataset = dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
     needed = len(dataset) * transform.size[0] * transform.size[1] * 3
-    room = min(MAX_RESIDENT_BYTES, psutil.virtual_memory().available // 4)
+    room = min(MAX_RESIDENT_BYTES, psutil.virtual_memory().available // (4 * processes_here()))
     chosen = input_path
     if input_path == "auto":
         chosen = "resident" if transform.is_batched and needed <= room else "streamed"
