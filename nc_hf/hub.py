@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from nc_hf.models.classifier import find_head, load_classifier
-from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, local_folder, stale_files
+from nc_hf.models.saved_folder import FORMAT, HEADS, WEIGHTS, local_folder, separate_tensors, stale_files
 from nc_hf.models.saved_heads import load_heads, remember_stage_one
 
 
@@ -109,8 +109,7 @@ def label_names_of(model: nn.Module, label_names: Sequence[str] | None = None) -
 
 
 def _save_timm(model: nn.Module, folder: Path, label_names: list[str]) -> None:
-    # safetensors refuses the channels_last weights of a model that was trained so.
-    hook = model.register_state_dict_post_hook(_make_contiguous)
+    hook = model.register_state_dict_post_hook(_separate)
     try:
         save_for_hf(model, str(folder), safe_serialization=True, model_config={"label_names": label_names})
     finally:
@@ -123,8 +122,8 @@ def _save_timm(model: nn.Module, folder: Path, label_names: list[str]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _make_contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
-    state.update({name: tensor.contiguous() for name, tensor in state.items()})
+def _separate(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    state.update(separate_tensors(state))
 
 
 def _save_transformers(model: nn.Module, folder: Path, label_names: list[str], image_processor: Any) -> None:

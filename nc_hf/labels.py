@@ -67,6 +67,9 @@ def names_of(dataset: Any, column: str | None = None) -> list[str] | None:
     """K class names of a data set that has some; else None. Arguments and errors as `labels_of`."""
     if hasattr(dataset, "class_names"):
         return dataset.class_names
+    classes = getattr(dataset, "classes", None)  # of torchvision
+    if isinstance(classes, list | tuple) and classes and all(isinstance(name, str) for name in classes):
+        return list(classes)
     name = _label_column(dataset, column)
     return None if name is None else getattr(dataset.features[name], "names", None)
 

@@ -135,6 +135,11 @@ def _check_stream(args: NCTrainingArguments, dataset: IterableDataset) -> None:
             f"`sampler: {args.sampler}` draws images by their labels, which a stream ({type(dataset).__name__}) does "
             "not know beforehand. Set sampler: instance, or give a data set with a length."
         )
+    if args.center_init == "data" and args.collapse_enabled and not has_length(dataset):
+        raise ValueError(
+            "`center_init: data` takes a pass over the training images, which a stream without a length may not end. "
+            "Leave it at auto, or give a data set with a length."
+        )
     by_epoch = [name for name in BY_EPOCH if getattr(args, name)]
     if by_epoch and not has_length(dataset):
         raise ValueError(
@@ -143,7 +148,7 @@ def _check_stream(args: NCTrainingArguments, dataset: IterableDataset) -> None:
         )
 
 
-def warn_of_unsavable(classifier: nn.Module) -> None:
+def warn_of_unsavable(classifier: nn.Module, image_processor: Any) -> None:
     """Say at once of a model that no folder can be made of it, or none that opens again."""
     inner = getattr(classifier, "timm_model", classifier)
     if odd := odd_model_argument(getattr(inner, "_model_args", {})):
@@ -151,6 +156,12 @@ def warn_of_unsavable(classifier: nn.Module) -> None:
             "%s was made with %s, which config.json cannot keep. It trains, and its checkpoints resume, but no saved "
             "folder of it opens: make it with the name that timm has for it.",
             *(type(classifier).__name__, odd),
+        )
+    if not hasattr(inner, "pretrained_cfg") and hasattr(classifier, "config") and image_processor is None:
+        logger.warning(
+            "%s has no image processor, which a pipeline needs to open what save_model writes. Give NCTrainer the one "
+            "that load_classifier returns beside the model, as processing_class.",
+            type(classifier).__name__,
         )
     if not (hasattr(classifier, "pretrained_cfg") or hasattr(classifier, "config")):
         logger.warning(
@@ -184,10 +195,18 @@ def check_data(args: NCTrainingArguments, dataloader: Any, eval_dataset: Any, da
     if data_collator is not collate:
         return
     _check_sample("train_dataset", dataloader.dataset, dataloader.collate_fn, ("pixel_values", "labels"))
-    if args.eval_strategy != IntervalStrategy.NO and not args.remove_unused_columns:
+    if args.eval_strategy != IntervalStrategy.NO:
         sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         for name, dataset in sets.items():
-            _check_sample(f"eval_dataset {name}".strip(), dataset, collate, ("pixel_values",))
+            check_evaluated(args, dataset, data_collator, f"eval_dataset {name}".strip())
+
+
+def check_evaluated(
+    args: NCTrainingArguments, dataset: Any, data_collator: Collator, name: str = "the data set to evaluate"
+) -> None:
+    """Refuse a data set of whose first sample our collator makes no batch of images, with ValueError."""
+    if data_collator is collate and not args.remove_unused_columns:
+        _check_sample(name, dataset, collate, ("pixel_values",))
 
 
 def check_told_labels(dataset: Any, told: np.ndarray | None, collator: Collator) -> None:

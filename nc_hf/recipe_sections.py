@@ -150,6 +150,11 @@ def coerced(section: str, name: str, value: Any, where: str) -> Any:
         ValueError: for a value of another type, or a section or setting that does not exist.
     """
     if section not in ("", *SECTIONS):
+        stage, _, setting = section.partition(".")
+        if setting in declared_types(stage):
+            raise ValueError(
+                f'{where}: settings of `{section}` are written together, as --{section} "{{{name}: {value}}}".'
+            )
         nearest = difflib.get_close_matches(section, SECTIONS, n=1, cutoff=0)[0]
         raise ValueError(f"{where}: there is no section `{section}`. The nearest one is `{nearest}`.")
     declared = declared_types(section)
@@ -184,8 +189,9 @@ def _unknown(section: str, name: str) -> str:
         return f"`{_dotted(section, name)}` is not a setting of a stage. {ELSEWHERE[name]}"
     known = [*declared_types(section), *([] if section else [*SECTIONS, "extends"])]
     homes = [_dotted(home, name) for home in ("", *SECTIONS) if name in declared_types(home)]
-    nearest = homes or [_dotted(section, near) for near in difflib.get_close_matches(name, known, n=1, cutoff=0)]
-    return f"there is no setting `{_dotted(section, name)}`. The nearest one is `{nearest[0]}`."
+    nearest = homes or [_dotted(section, near) for near in difflib.get_close_matches(name, known, n=1)]
+    hint = f"The nearest one is `{nearest[0]}`." if nearest else "`train.py --help` lists them."
+    return f"there is no setting `{_dotted(section, name)}`. {hint}"
 
 
 @cache

@@ -56,6 +56,7 @@ class NoisyImages(Dataset):
         check_noise(std, seed)
         check_choice("scale", scale, get_args(NoiseScale))
         self.images, self.std, self.seed = images, std, seed
+        self.labels, self.class_counts, self.class_names = images.labels, images.class_counts, images.class_names
         self._divisor = torch.tensor(images.transform.std)[:, None, None] if scale == "pixels" else torch.ones(1)
 
     def __len__(self) -> int:

@@ -33,6 +33,7 @@ class RunLog(TrainerCallback):
         self.path, self.stage = Path(path), stage
         self.record: dict[str, Any] = {}
         self.train_seconds, self.train_images, self._epoch_started = 0.0, 0, 0.0
+        self._stopped: float | None = None  # when, for an evaluation or a save within the epoch
 
     def speed(self) -> dict[str, float]:
         """Seconds spent in training steps by this process, and images per second of all processes in them."""
@@ -45,12 +46,28 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Write the line of the epoch before and start the clock."""
         self._write_line(state)
-        self._epoch_started, self._first_step = time.perf_counter(), state.global_step
+        self._epoch_started, self._first_step, self._stopped = time.perf_counter(), state.global_step, None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock where the training stops to evaluate or to save."""
+        if control.should_evaluate or control.should_save:
+            self._stopped = time.perf_counter()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start it again."""
+        if self._stopped is not None:
+            self._epoch_started += time.perf_counter() - self._stopped
+            self._stopped = None
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop the clock."""
+        self.on_step_begin(args, state, control)
         seconds = time.perf_counter() - self._epoch_started
         images = (state.global_step - self._first_step) * (
             state.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -167,4 +167,4 @@ def _cycles(items: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def mix_seeds(*numbers: int) -> int:
     """One 63-bit seed from several numbers, far apart for neighbouring ones."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1

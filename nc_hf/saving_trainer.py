@@ -27,6 +27,7 @@ from nc_hf.checkpoints import (
 from nc_hf.hub import label_names_of, save_pretrained
 from nc_hf.interruption import SaveOnSignal
 from nc_hf.model_card import ACCURACIES, card_metadata, write_card
+from nc_hf.models.saved_folder import separate_tensors
 from nc_hf.models.saved_heads import forget_stage_one
 from nc_hf.processes import share_buffers
 from nc_hf.publishing import PushError, check_access, check_folder, push_folder
@@ -91,8 +92,9 @@ class SavingTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if (collapse := self.task.collapse) is not None and collapse.mode != "batch":
-            check_agreement(self.accelerator, collapse.centers.detach())
+        share_buffers(self.task)  # running means of each process may differ in the last bits, as GPUs add in any order
+        if (centers := self.task.learned_centers) is not None:
+            check_agreement(self.accelerator, centers.detach())
         runs = Path(self._get_output_dir(trial))
         folder = runs / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -144,8 +146,7 @@ class SavingTrainer(Trainer):
         return values
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        state = self.task.state_dict() if state_dict is None else state_dict
-        state = {name: tensor.contiguous() for name, tensor in state.items()}  # from channels last
+        state = separate_tensors(self.task.state_dict() if state_dict is None else state_dict)
         token, limit = self.args.hub_token, self.args.save_total_limit
         # `Trainer` writes the arguments down: not the token, but the limit that `_save_checkpoint` holds back.
         self.args.hub_token, self.args.save_total_limit = None, limit or self._limit

@@ -27,6 +27,7 @@ from nc_hf.metrics import compute_metrics_for
 from nc_hf.models.classifier import find_head, load_classifier
 from nc_hf.models.headed import replace_head
 from nc_hf.models.image_settings import image_settings
+from nc_hf.models.normalized_heads import check_head_for
 from nc_hf.models.routing import evaluate_routing, train_routing
 from nc_hf.paper_results import method_name
 from nc_hf.preflight import check_trainer
@@ -61,7 +62,10 @@ def stage_arguments(stage: str, recipe: Recipe, run: Path) -> NCTrainingArgument
         "per_device_eval_batch_size": recipe.evaluation.batch_size,
         "report_to": "none",
         "disable_tqdm": not sys.stderr.isatty(),
-    } | getattr(recipe, stage)
+    }
+    if (given := getattr(recipe, stage)).get("load_best_model_at_end"):
+        settings["eval_strategy"] = "epoch"
+    settings |= given
     return (NCTrainingArguments if stage == "stage1" else RetrainingArguments)(**settings)
 
 
@@ -96,8 +100,17 @@ def load_for_stages(recipe: Recipe, stages: dict[str, NCTrainingArguments], spli
     if spec.head_type != "linear":
         replace_head(model, spec.head_type, **spec.head_settings)
     images = image_sets(recipe, splits, image_settings(model, processor))
+    for stage, args in stages.items():
+        if args.load_best_model_at_end and "validation" not in images:
+            raise ValueError(
+                f"`{stage}.load_best_model_at_end` chooses on a validation split, which these data do not have. Set "
+                "data.validation_fraction, such as 0.1, or leave it out."
+            )
+    head = find_head(model, head=recipe.model.head)[1]
+    if "stage1" in stages and (stage1 := stages["stage1"]).objective != "contrastive":
+        check_head_for(stage1.supervised_loss(images["train"].class_counts), head)
     if "stage2" in stages:
-        check_heads(find_head(model, head=recipe.model.head)[1], stages["stage2"])
+        check_heads(head, stages["stage2"])
         check_trainer(stages["stage2"], {"train_dataset": images["train"]})  # what would be met after stage one
         if "stage1" in stages:
             check_stages(*stages.values(), has_validation="validation" in splits)

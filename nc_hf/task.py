@@ -217,8 +217,12 @@ class ClassificationTask(nn.Module):
 
     def collapse_terms(self, features: Tensor, labels: Tensor, update: Update) -> dict[str, Tensor]:
         """The two weighted feature terms: this batch's share; none before their epoch."""
-        if self.collapse is None or not self.collapse_active:
+        if self.collapse is None:
             return {}
+        # DDP waits for a gradient of each parameter, also where learned centers do not take part yet.
+        idle = {} if self.learned_centers is None else {"within": 0 * self.learned_centers.sum()}
+        if not self.collapse_active:
+            return idle
         partners = update.partners
         if partners is not None and self.mixup_rule == "dominant":
             labels = torch.where(torch.as_tensor(update.mixing, device=labels.device) >= 0.5, labels, partners)
@@ -232,6 +236,8 @@ class ClassificationTask(nn.Module):
         )
         if "between" in terms:  # whole in every accumulated batch, unlike sums over images
             terms["between"] = terms["between"] / update.batches
+        if self.collapse.frozen and idle:
+            terms["within"] = terms["within"] + idle["within"]
         return terms
 
     def activation_checkpointing_enable(

@@ -22,7 +22,7 @@ from nc_hf.labels import check_labels, counts_of, label_counts, labels_of, names
 from nc_hf.measuring_trainer import MeasuringTrainer
 from nc_hf.mixing import mix_batch
 from nc_hf.objectives import build_task, num_outputs
-from nc_hf.preflight import check_data, check_told_labels, check_trainer, warn_of_unsavable
+from nc_hf.preflight import check_data, check_evaluated, check_told_labels, check_trainer, warn_of_unsavable
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
 from nc_hf.saving_trainer import SavingTrainer
@@ -72,6 +72,9 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
     ) -> None:
         args = NCTrainingArguments() if args is None else args
         check_trainer(args, kwargs)
+        if hasattr(model, "_orig_mod"):
+            logger.info("the model is taken as it was before torch.compile; torch_compile=True compiles the training")
+            model = model._orig_mod
         train_dataset, self.label_column = kwargs.get("train_dataset"), label_column
         # What labels the data set tells beside its samples matters where something is made of them.
         self._trusts_labels = class_counts is None or args.sampler != "instance"
@@ -96,7 +99,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         super().__init__(model=task, args=args, **kwargs)
         if any(isinstance(callback, RunLog) for callback in self.callback_handler.callbacks):
             self.remove_callback(PrinterCallback)  # one line an epoch is enough
-        warn_of_unsavable(self.classifier)
+        warn_of_unsavable(self.classifier, self.processing_class)
         self.label_names = ["labels"]
         self.label_smoother = None  # label smoothing is part of the task's loss
         self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
@@ -248,7 +251,8 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
 
     def _whole(self, make: Callable[[Any], DataLoader], dataset: Any, persistent: bool) -> DataLoader:
         """A data loader that drops nothing, with persistent workers only where that is asked for."""
-        args = self.args
+        args, given = self.args, self.eval_dataset if dataset is None else dataset
+        check_evaluated(args, given[dataset] if isinstance(dataset, str) else given, self.data_collator)
         before = args.dataloader_drop_last, args.dataloader_persistent_workers
         args.dataloader_drop_last, args.dataloader_persistent_workers = False, before[1] and persistent
         try:

@@ -278,6 +278,12 @@ class NCTrainingArguments(TrainingArguments):
         """
         settings = dict(self.loss_settings)
         if self.label_smoothing_factor:
+            entry = SUPERVISED_LOSSES.get(self.loss)
+            if entry is not None and "label_smoothing" not in entry.settings:
+                raise ValueError(
+                    f"`label_smoothing_factor` is {self.label_smoothing_factor}, and `loss: {self.loss}` does not "
+                    "smooth labels. Set it to 0."
+                )
             if "label_smoothing" in settings:
                 raise ValueError(
                     f"`label_smoothing_factor` is {self.label_smoothing_factor}, and `label_smoothing` of "

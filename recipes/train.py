@@ -97,8 +97,13 @@ def take_folder(
             f"{run} holds a run of another recipe or other data (digest {known}, this one is {digest}"
             f"{differences_of(run, recipe)}). Choose another --name or --output_dir, or remove that folder."
         )
+    bounds = recipe.evaluation.bounds
+    measured = {name: results.get("dataset", {}).get(name, value) for name, value in bounds.items()}
+    if measured != bounds:
+        raise SystemExit(f"{run} is measured with {measured}, and this recipe has {bounds}. Choose another --name.")
     if state.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
+        with usage_errors():
+            run.mkdir(parents=True, exist_ok=True)
         (run / "recipe.yaml").write_text(dump_recipe(recipe))
         (run / "digest").write_text(digest)
     return digest
@@ -119,7 +124,7 @@ def usage_errors() -> Iterator[None]:
     """What is wrong with settings, data or model is said in a sentence, without a traceback."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
 
 

@@ -29,6 +29,7 @@ from transformers import (
 from nc_hf.doors import OPENERS, check_doors, doors_of, needs_nc_hf
 from nc_hf.hub import save_pretrained
 from nc_hf.models.classifier import load_classifier
+from nc_hf.models.saved_folder import separate_tensors
 
 NAMES = ["ant", "bee", "cat", "dog", "é | <b>"]
 STOCK = ["resnet18", "vit_tiny_patch16_224", "convnext_femto", "mobilenetv3_small_100"]
@@ -136,6 +137,19 @@ def test_a_model_in_bfloat16_passes_the_check(tmp_path, name):
     model, processor = load_classifier(name, 5) if name not in NATIVE else (NATIVE[name][0](NATIVE[name][1]), SQUARE)
     folder = save_pretrained(model.to(torch.bfloat16), tmp_path / "half", image_processor=processor)
     assert check_doors(folder) == doors_of(folder)
+
+
+def test_tensors_that_share_memory_are_saved_apart(tmp_path):
+    model, _ = load_classifier("test_resnet", 4)
+    twin = model.layer1[0]
+    model.layer1.append(twin)  # as networks that use one module twice
+    assert len({t.data_ptr() for t in model.parameters()}) < len(model.state_dict())
+    state = separate_tensors({"whole": torch.arange(6.0), "again": (t := torch.ones(4)), "part": t[1:], "t": t})
+    save_file(state, tmp_path / "state.safetensors")
+    assert torch.equal(load_file(tmp_path / "state.safetensors")["part"], torch.ones(3))
+    save_file(separate_tensors(model.state_dict()), tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_check_names_a_door_that_does_not_open(folders, tmp_path):

@@ -70,6 +70,13 @@ def test_samples_that_make_no_batch_are_refused_with_what_was_found(tmp_path, ma
     assert "load_images makes a set for NCTrainer" in str(error.value)
 
 
+@pytest.mark.parametrize("measure", ["evaluate", "predict"])
+def test_sets_that_are_given_to_a_call_are_looked_at_too(tmp_path, measure):
+    one = trainer(tmp_path, SmallImages())
+    with pytest.raises(ValueError, match="`the data set to evaluate` gives a dict with `image`.*load_images makes"):
+        getattr(one, measure)(table_of_images())
+
+
 def test_evaluation_sets_are_looked_at_before_the_training(tmp_path):
     one = trainer(tmp_path, SmallImages(), eval_dataset={"new": table_of_images()}, eval_strategy="steps")
     with pytest.raises(ValueError, match="`eval_dataset new` gives a dict with `image`"):

@@ -256,6 +256,8 @@ def test_overrides(write: Callable) -> None:
     [
         (["--stage1.learning_rte", "1"], "--stage1.learning_rte: there is no setting .*`stage1.learning_rate`"),
         (["--stage3.learning_rate", "1"], "no section `stage3`. The nearest one is `stage[12]`"),
+        (["--stage1.lr", "0.1"], "no setting `stage1.lr`. `train.py --help` lists them"),
+        (["--stage1.loss_settings.gamma", "2"], 'written together, as --stage1.loss_settings "{gamma: 2}"'),
         (["--learning_rate", "1"], "no setting `learning_rate`. The nearest one is `stage1.learning_rate`"),
         (["--stage1.learning_rate", "fast"], "--stage1.learning_rate: .* must be float, got 'fast'"),
         (["--stage1.learning_rate"], "must be float, got 'true'"),

@@ -79,6 +79,12 @@ def test_labels_in_an_attribute_are_enough(tmp_path, attribute, settings):
     assert evaluate_classifier(one, rows, one.class_counts)["images"] == 6
 
 
+def test_class_names_are_those_of_torchvision(tmp_path):
+    rows = Rows([0, 0, 1, 2, 3], "targets")
+    rows.classes = ["ant", "bee", "cat", "dog"]
+    assert trainer(tmp_path, train_dataset=rows).class_names == rows.classes
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int16, bool, lambda label: torch.tensor(label).byte()])
 def test_labels_of_every_integer_type_train_and_are_measured(tmp_path, kind):
     labels = [0, 1, 1, 0, 1, 1]

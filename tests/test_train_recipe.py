@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from nc_hf.doors import check_doors
+from nc_hf.recipe import load_recipe
+from nc_hf.stages import stage_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 ACCELERATE = str(Path(sys.executable).parent / "accelerate")
@@ -184,12 +186,33 @@ def test_another_number_of_processes_is_refused(folder, train):
     [
         ("expected_processes", "2", "`expected_processes` is 2 but 1 started"),
         ("bf16_full_eval", "true", "would cast the weights and not the images"),
+        ("load_best_model_at_end", "true", "chooses on a validation split, which these data do not have"),
     ],
 )
 def test_a_stage_two_that_cannot_run_is_refused_before_stage_one(folder, train, setting, value, message):
     with pytest.raises(SystemExit, match=message):
         train(*SHORT, f"--stage2.{setting}", value, "--name", setting)
     assert not (folder / "out" / setting / "checkpoints").exists()
+
+
+def test_what_stage_one_cannot_do_is_refused_in_a_sentence(folder, train):
+    with pytest.raises(SystemExit, match="needs a cosine head of its scale.* by model.head_type in a recipe"):
+        train("--stage1.loss", "ldam", "--stage1.class_weighting", "none", "--stage1.drw_epoch", "null", "--name", "l")
+    (folder / "file").write_text("")
+    with pytest.raises(SystemExit, match="Not a directory"):
+        train("--output_dir", "file", "--name", "run")
+
+
+def test_classes_are_grouped_alike_in_one_table(folder, straight, train):
+    before = (folder / "out/straight/recipe.yaml").read_text()
+    with pytest.raises(SystemExit, match="is measured with .*'few_below': 20.* and this recipe has .*'few_below': 5"):
+        train(*SHORT, "--name", "straight", "--evaluation.few_below", "5")
+    assert (folder / "out/straight/recipe.yaml").read_text() == before
+
+
+def test_the_best_epoch_is_looked_for_where_a_recipe_asks_for_it(tmp_path):
+    settings = ["--stage1.load_best_model_at_end", "true", "--stage1.metric_for_best_model", "class_mean_accuracy"]
+    assert stage_arguments("stage1", load_recipe(None, settings), tmp_path).eval_strategy == "epoch"
 
 
 def test_a_recipe_with_a_mistake_fails_before_anything_is_loaded(train, monkeypatch):

@@ -13,7 +13,9 @@ from small_images import SmallImages, network_without_batch_statistics
 from torch.utils.data import IterableDataset, Subset
 from transformers.trainer_utils import HPSearchBackend
 
+from nc_hf.hub import load_pretrained
 from nc_hf.labels import counts_of, labels_of, names_of
+from nc_hf.models.classifier import load_classifier
 from nc_hf.retraining import retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
 from nc_hf.trainer import NCTrainer
@@ -67,6 +69,19 @@ def test_a_frozen_backbone_keeps_its_weights(tmp_path):
     trainer(tmp_path, model, freeze_backbone=True).train()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {"head.weight", "head.bias"}
+
+
+def test_an_endless_stream_has_no_pass_for_the_first_centers(tmp_path):
+    with pytest.raises(ValueError, match="`center_init: data` takes a pass.*Leave it at auto"):
+        trainer(tmp_path, train_dataset=Stream(), class_counts=[9, 4, 2, 1], settings={"center_init": "data"})
+
+
+def test_a_compiled_model_is_trained_and_saved_as_the_plain_one(tmp_path):
+    model = load_classifier("test_resnet", 4)[0]
+    one = NCTrainer(torch.compile(model), NCTrainingArguments(str(tmp_path), **SHORT))
+    assert one.classifier is model
+    one.save_model(str(tmp_path / "model"))
+    assert load_pretrained(tmp_path / "model")[0].num_classes == 4
 
 
 def test_a_stream_may_have_an_attribute_of_that_name(tmp_path):

@@ -45,6 +45,10 @@ def images() -> SmallImages:
             {"lr_milestones": [1], "warmup_steps": 5},
             "would be ignored beside `lr_milestones`.*`warmup_epochs` here",
         ),
+        (
+            {"loss": "logit_adjustment", "label_smoothing_factor": 0.1},
+            "`label_smoothing_factor` is 0.1, and `loss: logit_adjustment` does not smooth labels. Set it to 0",
+        ),
         ({"effective_number_beta": 1.5}, r"`effective_number_beta` must lie in \[0, 1\), got 1.5"),
         ({"loss": "focal", "loss_settings": {"gamma": -1}}, "`gamma` of a focal loss must be at least 0, got -1"),
     ],

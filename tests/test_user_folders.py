@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import PIL.Image
@@ -115,6 +116,37 @@ def test_a_class_that_is_called_like_a_split_is_explained(tmp_path: Path, caplog
     with pytest.raises(ValueError, match="Of the folders bus, car, train, those with names such as train"):
         load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
     assert "3 of the 9 images in" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train ticket", "toy-train", "test-tube"])
+def test_a_class_with_a_word_for_a_split_in_its_name_is_refused(name: str, tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    (tmp_path / name).mkdir()
+    PIL.Image.fromarray(small_pixels(1, 5)[0]).save(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=f"[12] of the 3 images in .* are read.* for a split, here {name}. Rename"):
+        load_splits("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"), validation_fraction=0.1)
+
+
+def test_a_folder_that_datasets_hides_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path / "photos" / "train")
+    class_folders(tmp_path / "photos" / "test")
+    (tmp_path / "photos/train/ant").rename(tmp_path / "photos/train/__background__")
+    (tmp_path / "photos/__MACOSX").mkdir()
+    with suppress(ValueError):  # of classes that the splits do not share
+        load_splits("imagefolder", data_dir=str(tmp_path / "photos"), cache_dir=str(tmp_path / "cache"))
+    assert "__background__ of" in caplog.text and "names that start with __" in caplog.text
+    assert "__MACOSX" not in caplog.text
+
+
+def test_paths_of_a_table_may_be_those_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_folders(tmp_path / "photos")
+    rows = "file,label\nant/1.png,ant\nbee/1.png,bee\n"
+    (tmp_path / "photos/train.csv").write_text(rows)
+    monkeypatch.chdir(tmp_path)
+    found = load_splits(
+        "csv", data_dir="photos", image_column="file", test_split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert found["train"][1]["image"].size == (32, 32)
 
 
 def test_the_split_without_labels_is_named(tmp_path: Path) -> None:

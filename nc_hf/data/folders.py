@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from nc_hf.data.columns import label_candidates
 logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = {word for words in SPLIT_KEYWORDS.values() for word in words}
+SPLIT_WORD = re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(sorted(SPLIT_FOLDERS))})(?:[-._ 0-9]|$)")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst")
 FILE_FORMATS = ("imagefolder", "parquet", "arrow", "json", "csv", "webdataset")  # of `datasets`, with images in them
 
@@ -100,13 +102,38 @@ def _warn_of_files(folder: Path, found: DatasetDict) -> None:
         )
     if len(found) == 1 and label_candidates(next(iter(found.values()))):
         _warn_of_class_folders(folder, images)
+    parents = [folder, *(path for path in folder.iterdir() if path.is_dir() and path.name in SPLIT_FOLDERS)]
+    hidden = sorted(path.name for parent in parents for path in parent.glob("__*/") if _has_images(path))
+    if hidden:
+        logger.warning(
+            "%s of %s is not read: `datasets` leaves out folders with names that start with __. Rename it if it is a "
+            "class.",
+            *(", ".join(hidden), folder),
+        )
     read = sum(map(len, found.values()))
     if read < len(images):
+        _refuse_split_words(folder, images, read)
         logger.warning(
             "%d of the %d images in %s are read, as %s: where a folder has a name such as train, test or val, "
             "`datasets` takes it for a split and reads no others.",
             *(read, len(images), folder, ", ".join(found)),
         )
+
+
+def _refuse_split_words(folder: Path, images: list[Path], read: int) -> None:
+    """Refuse names that `datasets` takes for splits because of a word in them, where no folder is named for one."""
+    names = {part for path in images for part in path.relative_to(folder).parts}
+    if names & SPLIT_FOLDERS:
+        return
+    if worded := sorted(name for name in names if SPLIT_WORD.search(name)):
+        raise ValueError(
+            f"{read} of the {len(images)} images in {folder} are read: `datasets` takes a name with a word such as "
+            f"train, test or val in it for a split, here {', '.join(worded[:5])}. Rename what is a class or an image."
+        )
+
+
+def _has_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in ImageFolder.EXTENSIONS for path in folder.iterdir() if not _is_hidden(path.name))
 
 
 def _warn_of_class_folders(folder: Path, images: list[Path]) -> None:

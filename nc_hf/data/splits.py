@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils.file_utils import is_local_path
 
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column, label_candidates
@@ -82,6 +83,9 @@ def load_splits(
         found = _load_any(dataset, data_dir, config_name, cache_dir)
         if dataset == "imagefolder" and label_column is None:
             check_folder_classes(found, data_dir)
+        if data_dir is not None:
+            base = Path(data_dir).expanduser()
+            found = DatasetDict({name: _paths_from(base, split, image_column) for name, split in found.items()})
     chosen = _encode_names(_choose_splits(found, test_split, validation_fraction), label_column)
     # Numbers without names reach as far as the largest label of any split.
     names = max((_names_of(name, split, label_column) for name, split in chosen.items()), key=len)
@@ -207,6 +211,18 @@ def _check_ids(num_classes: int, splits: dict[str, Dataset], label_column: str |
             f"the labels reach to {num_classes - 1} and there are {images} images: they seem to be ids, not classes "
             "numbered from 0. Number them, for instance by `class_encode_column` of `datasets`."
         )
+
+
+def _paths_from(folder: Path, dataset: Dataset, image_column: str | None) -> Dataset:
+    """A column of paths, if those of the working directory are not there, taken from the folder of its table."""
+    if image_column is None or dataset.features.get(image_column) not in (Value("string"), Value("large_string")):
+        return dataset
+    paths = dataset.with_format(None)[image_column][:]
+    first = next((path for path in paths if path), None)
+    if first is None or not is_local_path(first) or os.path.exists(first) or not (folder / first).exists():
+        return dataset
+    paths = [str(folder / path) if path else None for path in paths]
+    return dataset.remove_columns(image_column).add_column(image_column, paths)
 
 
 def _canonical(dataset: Dataset, image_column: str | None, label_column: str | None, names: list[str]) -> Dataset:

@@ -183,6 +183,9 @@ def equivalent_linear(head: nn.Module) -> LinearHead:
     return LinearHead(weight, bias)
 
 
+HOW = "by model.head_type in a recipe, by nc_hf.models.headed.replace_head in Python"
+
+
 def check_head_for(loss: SupervisedLoss, head: nn.Module) -> None:
     """Refuse a loss whose formula holds for another kind of head only.
 
@@ -195,10 +198,10 @@ def check_head_for(loss: SupervisedLoss, head: nn.Module) -> None:
         scale = f" of scale {head.scale}" if hasattr(head, "scale") else ""
         raise ValueError(
             f"`loss: ldam` needs a cosine head of its scale, {loss.settings['scale']}, and diverges on a linear one; "
-            f"the head is {found}{scale}. Set the head to cosine, or both scales to one value."
+            f"the head is {found}{scale}. Take a cosine head ({HOW}), or one scale for both."
         )
     if loss.name == "dot_regression" and not isinstance(head, ETFHead):
-        raise ValueError(f"`loss: dot_regression` needs an ETF head; the head is {found}. Set the head to etf.")
+        raise ValueError(f"`loss: dot_regression` needs an ETF head; the head is {found}. Take one ({HOW}).")
     if isinstance(head, ETFHead) and loss.name not in ("dot_regression", "mse"):
         raise ValueError(
             f"the logits of an ETF head lie in [-1, 1], too narrow for `loss: {loss.name}`. Set loss: dot_regression, "

@@ -173,6 +173,17 @@ def stale_files(names: Iterable[str], folder: Path) -> list[str]:
     return [name for name in found if not (folder / name).exists()]
 
 
+def separate_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict as safetensors takes it: contiguous, with a copy of each tensor that shares memory with another."""
+    separate, seen = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return separate
+
+
 def _check_classes(config: dict[str, Any], path: Path) -> None:
     for place in (config, config.get("pretrained_cfg") or {}, config.get("model_args") or {}):
         for key in ("num_classes", "num_labels"):
@@ -213,9 +224,12 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         is_checkpoint = (path.parent / "trainer_state.json").is_file()
+        saved = [name for name in ("release", "stage2", "stage1") if (path.parent / name / path.name).is_file()]
         hint = " Load the weights into their network and save that by nc_hf.save_pretrained(model, folder)."
         if is_checkpoint:
             hint = " It is a checkpoint, to go on from; trainer.save_model(folder) saves one."
+        if saved:
+            hint = f" It is the folder of a run: give {path.parent / saved[0]}."
         raise ValueError(f"{path.parent} has no {path.name}: it is not a saved classifier.{hint}")
     _check_place(path)
     if path.stat().st_size > LARGEST_JSON:
