@@ -196,7 +196,7 @@ def test_a_stage_two_that_cannot_run_is_refused_before_stage_one(folder, train, 
 
 
 def test_what_stage_one_cannot_do_is_refused_in_a_sentence(folder, train):
-    with pytest.raises(SystemExit, match="needs a cosine head of its scale.* by model.head_type in a recipe"):
+    with pytest.raises(SystemExit, match="needs a cosine head of its scale.*.by model.head_type in a recipe"):
         train("--stage1.loss", "ldam", "--stage1.class_weighting", "none", "--stage1.drw_epoch", "null", "--name", "l")
     (folder / "file").write_text("")
     with pytest.raises(SystemExit, match="Not a directory"):
