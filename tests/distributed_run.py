@@ -19,8 +19,9 @@ from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
 
 GLOBAL_BATCH = 36
+USED = {"ddp_find_unused_parameters": False}  # DDP then waits for a gradient of every parameter
 RUNS = {
-    "learned": {"centers": "learned", "mixup_alpha": 0.3, "class_weighting": "inverse", "start_epoch": 0.5},
+    "learned": {"centers": "learned", "mixup_alpha": 0.3, "class_weighting": "inverse", "start_epoch": 0.5, **USED},
     "ema": {"centers": "ema", "sampler": "class_balanced"},
     "batch": {"centers": "batch", "mixup_alpha": 0.3},
     "train_counts": {"centers": "learned", "within_counts": "train", "within_weight": 0.5},
@@ -56,13 +57,15 @@ def summary(run: NCTrainer) -> dict:
 
 
 class StopAt(TrainerCallback):
-    """Ends a run after an update, with a checkpoint."""
+    """Ends a run after an update, with a checkpoint; running means differ by then as sums of other order do."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, control, model, **kwargs):
         control.should_training_stop = control.should_save = state.global_step == self.step
+        if control.should_save:
+            getattr(model, "module", model).collapse.centers += 1e-6 * args.process_index
 
 
 def resumed_within_an_epoch(folder: Path, processes: int) -> NCTrainer:
