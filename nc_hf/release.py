@@ -80,7 +80,9 @@ def _results_of_twin(run: Path, recipe: Recipe, twin: Path) -> dict[str, Any]:
     """Results of a run that may differ from this one in its stages alone."""
     found, theirs = read_run(twin)
     theirs = _without_paths(theirs)
-    if differing := [name for name in ("model", "data") if getattr(theirs, name) != getattr(recipe, name)]:
+    alike = {name: getattr(recipe, name) for name in ("seed", "stage1", "stage2")}
+    if recipe_digest(dataclasses.replace(theirs, **alike)) != recipe_digest(recipe):
+        differing = [name for name in ("model", "data") if getattr(theirs, name) != getattr(recipe, name)]
         raise ValueError(f"{twin} is no twin of {run}: their {' and '.join(differing)} differ. Give one of the same.")
     return found
 

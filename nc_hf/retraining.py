@@ -81,7 +81,7 @@ def retrain_classifier(
     check_heads(layer, args)
     _check_given(args, kwargs)
     kwargs |= {"train_dataset": train_dataset, "head": head_name}
-    with _all_or_nothing(model, layer) as before:
+    with _all_or_nothing(model, head_name) as before:
         trainer = _retrain(model, args, resume_from_checkpoint, kwargs)
         changed = [name for name, now in _backbone(model, head_name, args) if not torch.equal(before[name], now.cpu())]
         if changed:
@@ -167,12 +167,12 @@ def _check_given(args: RetrainingArguments, given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Gives the state of the model, which it has again, with the head `layer`, where anything fails or interrupts.
+def _all_or_nothing(model: nn.Module, head_name: str) -> Iterator[dict[str, Tensor]]:
+    """Gives the state of the model, which it has again, with the head of now, where anything fails or interrupts.
 
     Either way the parameters that take part in training are then those of before.
     """
-    head_name = next(name for name, module in model.named_modules() if module is layer)
+    layer = model.get_submodule(head_name)
     identity = {name: getattr(model, name) for name in IDENTITY if hasattr(model, name)}
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -252,7 +252,8 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
     def _whole(self, make: Callable[[Any], DataLoader], dataset: Any, persistent: bool) -> DataLoader:
         """A data loader that drops nothing, with persistent workers only where that is asked for."""
         args, given = self.args, self.eval_dataset if dataset is None else dataset
-        check_evaluated(args, given[dataset] if isinstance(dataset, str) else given, self.data_collator)
+        given = self.eval_dataset[dataset] if isinstance(dataset, str) else given
+        check_evaluated(args, given, self.data_collator)
         before = args.dataloader_drop_last, args.dataloader_persistent_workers
         args.dataloader_drop_last, args.dataloader_persistent_workers = False, before[1] and persistent
         try:

@@ -77,6 +77,13 @@ def test_sets_that_are_given_to_a_call_are_looked_at_too(tmp_path, measure):
         getattr(one, measure)(table_of_images())
 
 
+def test_several_sets_are_evaluated_by_name(tmp_path):
+    one = trainer(tmp_path, SmallImages(), eval_dataset={"old": SmallImages(), "new": SmallImages((5, 5, 5, 5))})
+    assert {"eval_old_loss", "eval_new_loss"} <= set(one.evaluate())
+    with pytest.raises(ValueError, match="gives a dict with `image`"):
+        trainer(tmp_path, SmallImages(), eval_dataset={"new": table_of_images()}).evaluate()
+
+
 def test_evaluation_sets_are_looked_at_before_the_training(tmp_path):
     one = trainer(tmp_path, SmallImages(), eval_dataset={"new": table_of_images()}, eval_strategy="steps")
     with pytest.raises(ValueError, match="`eval_dataset new` gives a dict with `image`"):
