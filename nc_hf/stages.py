@@ -182,7 +182,7 @@ def _train_stage(
     log = RunLog(run / "log.jsonl", stage)
     shared = {"head": recipe.model.head, "processing_class": processor, "callbacks": [log, SaveOnSignal()]}
     if "validation" in images:
-        if args.eval_strategy == "no":
+        if "eval_strategy" not in getattr(recipe, stage) and args.eval_strategy == "no":
             args.eval_strategy = IntervalStrategy.EPOCH
         shared |= {"eval_dataset": images["validation"], "compute_metrics": _validation_metrics(recipe, images)}
     folders = [args.output_dir, *(f"{args.output_dir}/{head}" for head in heads_of(stage, args))]

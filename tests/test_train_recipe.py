@@ -138,12 +138,13 @@ def test_stage_two_runs_alone_from_a_folder(folder, straight, train, caplog):
     assert config["nc_hf"]["active_head"] == "tau_norm"
 
 
-def test_a_validation_split_is_measured_when_asked_for(folder, train):
-    often = ["--stage1.eval_strategy", "steps", "--stage1.eval_steps", "5", "--stage2", "null"]
+@pytest.mark.parametrize(("asked", "steps"), [("steps", [5, 10, 12]), ("no", [])])
+def test_a_validation_split_is_measured_when_asked_for(folder, train, asked, steps):
+    often = ["--stage1.eval_strategy", asked, "--stage1.eval_steps", "5", "--stage2", "null"]
     data = ["--data.validation_fraction", "0.2", "--stage1.num_train_epochs", "1"]
-    train(*often, *data, "--name", "validated")
-    records = [json.loads(line) for line in (folder / "out/validated/log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "eval_accuracy" in record] == [5, 10, 12]
+    train(*often, *data, "--name", f"validated_{asked}")
+    records = [json.loads(line) for line in (folder / f"out/validated_{asked}/log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_accuracy" in record] == steps
 
 
 def test_a_killed_run_resumes_to_the_same_results(folder, straight, train, caplog):
