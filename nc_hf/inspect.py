@@ -169,6 +169,7 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
     from nc_hf.image_sets import image_sets, read_splits
     from nc_hf.models.classifier import find_head, local_folder
     from nc_hf.models.image_settings import image_settings
+    from nc_hf.precision import precision_to_measure
     from nc_hf.task import ClassificationTask
     from nc_hf.trainer import NCTrainer
     from nc_hf.training_args import NCTrainingArguments
@@ -184,7 +185,7 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
             args = NCTrainingArguments(
                 output_dir=scratch,
                 per_device_eval_batch_size=recipe.evaluation.batch_size,
-                precision=(recipe.stage1 or recipe.stage2)["precision"],
+                precision=precision_to_measure((recipe.stage1 or recipe.stage2)["precision"]),
                 within_weight=0.0,
                 between_weight=0.0,
                 report_to="none",

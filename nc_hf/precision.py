@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate import PartialState
 
 if TYPE_CHECKING:
     from nc_hf.training_args import NCTrainingArguments
@@ -44,6 +45,15 @@ def choose_precision(args: NCTrainingArguments, launched: str) -> str:
     ruled_out = [name for name in HALVES if getattr(args, name) is not None]
     choices = [] if launched == "no" else [launched]
     return next(name for name in (*choices, *_fast(args.device), "fp32") if name not in ruled_out)
+
+
+def precision_to_measure(name: str) -> str:
+    """The precision of a saved run where this device has instructions for it, else the fastest one.
+
+    Args:
+        name: of a recipe. What a GPU trained at bf16 takes a CPU without bf16 eight times as long as fp32.
+    """
+    return name if name not in HALVES or name in _fast(PartialState().device) else "auto"
 
 
 def _fast(device: torch.device) -> tuple[str, ...]:

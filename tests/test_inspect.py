@@ -26,6 +26,7 @@ from nc_hf.inspect import (
     inspect_classifier,
     main,
     recipe_for,
+    trainers_of,
 )
 from nc_hf.models.classifier import find_head, load_classifier
 from nc_hf.models.headed import replace_head
@@ -223,3 +224,11 @@ def test_a_class_without_test_images_is_in_no_figure(inspected, tmp_path, monkey
     draw_figures(tmp_path, results, means)
     expected = [0 if k == 3 else n for k, n in enumerate(results["dataset"]["class_counts"])]
     assert shown == [expected, expected]
+
+
+@pytest.mark.parametrize(("capabilities", "precision"), [({}, "fp32"), ({"amx_bf16": True}, "bf16")])
+def test_a_run_at_bf16_is_measured_at_fp32_where_bf16_is_slow(stock, monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    recipe = load_recipe(None, [*DIGITS, "--stage1.precision", "bf16"])
+    _, trainer, _ = next(trainers_of(str(stock), recipe))
+    assert trainer.args.precision == precision
