@@ -144,11 +144,10 @@ def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dic
     for head, trainer, images in trainers_of(source, recipe):
         split, train = evaluated_split(images), images["train"]
         bounds = recipe.evaluation.bounds
-        with trainer.keeping_features():
-            # The features are the same for each head.
-            means = means or {name: trainer.class_means(images[name]) for name in dict.fromkeys(("train", split))}
-            results["heads"][head] = evaluate_classifier(trainer, images[split], train.class_counts, **bounds)
-            results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
+        # The features are the same for each head.
+        means = means or {name: trainer.class_means(images[name]) for name in dict.fromkeys(("train", split))}
+        results["heads"][head] = evaluate_classifier(trainer, images[split], train.class_counts, **bounds)
+        results["geometry"][head] = {name: geometry_of(trainer, images[name], means[name]) for name in means}
         counts = train.class_counts.tolist()
         dataset = {"name": _last_part(recipe.data.dataset), "description": train.description, **bounds}
         results["dataset"] = dataset | {"class_names": train.class_names, "class_counts": counts}
@@ -159,7 +158,8 @@ def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dic
 def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, dict[str, ImageSet]]]:
     """Each head of a saved classifier by name, in a trainer that only evaluates, with the image set of each split.
 
-    A folder that was not saved by nc_hf has one head, called `"head"`.
+    A folder that was not saved by nc_hf has one head, called `"head"`. The backbone sees each image once: later
+    heads get its features from memory.
 
     Args:
         source: a folder or Hub id.
@@ -174,7 +174,7 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
     from nc_hf.trainer import NCTrainer
     from nc_hf.training_args import NCTrainingArguments
 
-    folder, images = local_folder(source, recipe.model.revision), None
+    folder, images, kept = local_folder(source, recipe.model.revision), None, None
     for head in sorted(load_heads(folder)[0]) or [None]:
         model, processor = load_pretrained(str(folder), head)
         if images is None:
@@ -193,7 +193,9 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
             )
             head_name, layer = find_head(model, head=recipe.model.head)
             task = ClassificationTask(model, head_name, layer.weight.shape[0])  # by whatever the model was trained
-            yield head or "head", NCTrainer(task, args, train_dataset=images["train"]), images
+            trainer = NCTrainer(task, args, train_dataset=images["train"])
+            with trainer.keeping_features(kept) as kept:
+                yield head or "head", trainer, images
 
 
 def check_classes(model: nn.Module, names: Sequence[str], source: str) -> None:

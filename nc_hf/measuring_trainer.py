@@ -18,7 +18,7 @@ from nc_hf.task import ClassificationTask
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
-KEPT_BYTES = 2**30  # of a data set; the training images of ImageNet-LT have 0.95e9 on a ResNet-50
+KEPT_BYTES = 2**30  # of all data sets; the training images of ImageNet-LT have 0.95e9 on a ResNet-50
 
 
 @dataclass
@@ -29,11 +29,12 @@ class _Kept:
     head: dict[str, Tensor]
     room: int
     batches: list[Batch] = field(default_factory=list)
+    nbytes: int = 0
 
     def add(self, batch: Batch) -> None:
         """Keep a batch, or none at all once there is no room."""
-        self.room -= sum(part.nbytes for part in batch)
-        if self.room < 0:
+        self.nbytes += sum(part.nbytes for part in batch)
+        if self.nbytes > self.room:
             self.batches.clear()
         else:
             self.batches.append(tuple(part.cpu() for part in batch))
@@ -46,15 +47,21 @@ class MeasuringTrainer(Trainer):
     _kept: dict[int, _Kept] | None = None
 
     @contextmanager
-    def keeping_features(self) -> Iterator[None]:
+    def keeping_features(self, kept: dict[int, _Kept] | None = None) -> Iterator[dict[int, _Kept]]:
         """Within it, passes over a data set after the first read features from memory and run no backbone.
 
-        So the backbone and the images must stay as they are; the head may change. A data set of more than 1 GiB of
-        features and logits is passed over each time.
+        So the backbone and the images must stay as they are; the head may change. What would bring the features and
+        logits kept to more than 1 GiB is passed over each time.
+
+        Args:
+            kept: what a trainer of the same backbone has kept.
+
+        Yields:
+            What this one keeps, for the next.
         """
-        outer, self._kept = self._kept, {}
+        outer, self._kept = self._kept, {} if kept is None else kept
         try:
-            yield
+            yield self._kept
         finally:
             self._kept = outer
 
@@ -95,7 +102,8 @@ class MeasuringTrainer(Trainer):
         task = self.task
         forward = task.collapse_features_and_logits if of_collapse else task.features_and_logits
         share_buffers(task)
-        kept = _Kept(dataset, _state(task.head), -1 if store is None else KEPT_BYTES)
+        room = -1 if store is None else KEPT_BYTES - sum(found.nbytes for found in store.values())
+        kept = _Kept(dataset, _state(task.head), room)
         for batch in self.get_eval_dataloader(dataset):
             batch = self._prepare_inputs(batch)
             with torch.no_grad(), self.accelerator.autocast():
@@ -103,7 +111,7 @@ class MeasuringTrainer(Trainer):
             found = self.accelerator.gather_for_metrics((features.float(), logits.float(), batch["labels"].long()))
             kept.add(found)
             yield found
-        if kept.room >= 0:
+        if kept.nbytes <= kept.room:
             store[id(dataset)] = kept
 
     def _from_memory(self, kept: _Kept) -> Iterator[Batch]:

@@ -81,23 +81,17 @@ class NoisyImages(Dataset):
         return torch.from_numpy(generator.standard_normal(tuple(shape), dtype=np.float32))
 
 
-def noisy_accuracies(
-    trainer: NCTrainer, images: ImageSet, std: Sequence[float], scale: NoiseScale = "normalized", seed: int = 0
-) -> list[float]:
+def noisy_accuracies(trainer: NCTrainer, noisy: Sequence[NoisyImages]) -> list[float]:
     """Top-1 accuracy of a trainer's classifier at each standard deviation of the noise.
 
     Args:
         trainer: holds the classifier; all its processes must call this.
-        images: without noise, usually the test split.
-        std: standard deviations.
-        scale: as for `NoisyImages`.
-        seed: of the noise.
+        noisy: the same images, usually the test split, with noise of each standard deviation.
     """
     accuracies = []
-    for value in std:
-        right = 0
-        for _, logits, labels in trainer.iterate_features(NoisyImages(images, value, scale, seed)):
-            right += (logits.argmax(dim=1) == labels).sum().item()
+    for images in noisy:
+        found = trainer.iterate_features(images)
+        right = sum((logits.argmax(dim=1) == labels).sum().item() for _, logits, labels in found)
         accuracies.append(right / len(images))
     return accuracies
 

@@ -75,10 +75,11 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
     from nc_hf.evaluation import evaluate_classifier
     from nc_hf.inspect import evaluated_split, trainers_of
     from nc_hf.models.saved_folder import local_folder, read_config
-    from nc_hf.robustness import noisy_accuracies
+    from nc_hf.robustness import NoisyImages, noisy_accuracies
 
     config = read_config(local_folder(source, recipe.model.revision)).get("nc_hf", {})
     results: dict[str, Any] = {"heads": {}}
+    noisy: list[NoisyImages] = []
     for head, trainer, images in trainers_of(source, recipe):
         tested = images[evaluated_split(images)]
         results["heads"][head] = evaluate_classifier(
@@ -89,7 +90,8 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
         )
         if noise:
             results.setdefault("noise", {**noise, "accuracy": {}})
-            results["noise"]["accuracy"][head] = noisy_accuracies(trainer, tested, **noise)
+            noisy = noisy or [NoisyImages(tested, std, noise["scale"], noise["seed"]) for std in noise["std"]]
+            results["noise"]["accuracy"][head] = noisy_accuracies(trainer, noisy)
     return results
 
 

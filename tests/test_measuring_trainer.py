@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from small_images import SmallImages, network_without_batch_statistics
@@ -96,3 +98,17 @@ def test_computed_heads_look_at_the_images_once(trainer, tmp_path):
     args = RetrainingArguments(output_dir=str(tmp_path / "two"), heads=["ncm", "least_squares"], report_to="none")
     retrain_classifier(trainer.classifier, images, args)
     assert trainer.seen == len(images)
+
+
+def test_a_trainer_of_the_same_backbone_reads_what_another_one_kept(trainer, tmp_path):
+    images, network = SmallImages(), copy.deepcopy(trainer.classifier)
+    another = NCTrainer(network, arguments(tmp_path), train_dataset=images)
+    with torch.no_grad():
+        another.task.head.weight.mul_(-2)
+    expected, trainer.seen = all_of(another, images), 0
+    with trainer.keeping_features() as kept:
+        features, logits, _ = all_of(trainer, images)
+    with another.keeping_features(kept):
+        found = all_of(another, images)
+    assert torch.equal(found[0], features) and not torch.allclose(found[1], logits)
+    assert all(torch.allclose(*pair) for pair in zip(found, expected, strict=True))

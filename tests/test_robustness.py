@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nc_hf import ImageTransform, load_classifier, load_images, save_pretrained
+from nc_hf.measuring_trainer import MeasuringTrainer
 from nc_hf.robustness import NoisyImages, noise_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,3 +136,18 @@ def test_evaluate_measures_noise_beside_the_rest(tmp_path, script, capsys):
     clean, noisy = noise["accuracy"]["base"]
     assert clean == found["heads"]["base"]["accuracy"]
     assert 0 <= noisy <= 1 and f"{100 * noisy:.2f}" in shown
+
+
+def test_heads_of_one_backbone_see_each_image_once(tmp_path, script, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model, _ = load_classifier("resnet20_cifar", 10, [str(k) for k in range(10)], image_size=16)
+    heads = {"base": model.fc.state_dict(), "crt": torch.nn.Linear(64, 10).state_dict()}
+    save_pretrained(model, tmp_path / "model", heads=heads, class_counts=[10] * 10)
+    passes, read = [], MeasuringTrainer._from_images
+    monkeypatch.setattr(MeasuringTrainer, "_from_images", lambda *given: passes.append(1) or read(*given))
+    command = [str(tmp_path / "model"), str(ROOT / "recipes/digits_lt/nc_drw_crt.yaml"), "--noise-std", "0", "0.5"]
+    command += ["--json", str(tmp_path / "found.json"), "--data.cache_dir", str(tmp_path / "cache")]
+    script("evaluate").main(command)
+    assert len(passes) == 3
+    noise = json.loads((tmp_path / "found.json").read_text())["noise"]["accuracy"]
+    assert noise["base"] != noise["crt"]
