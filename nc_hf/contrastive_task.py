@@ -169,7 +169,9 @@ class ContrastiveTask(ClassificationTask):
         num_classes: K.
         settings: of the method.
         feature_dim: P, the width of the head's input.
-        collapse: the two feature terms, on the features of all views (FCL) or of view one, or None.
+        collapse: the two feature terms, on the features of all views (FCL) or of view one, or None. From the start on
+            they hold the contrastive loss where it begins; from half of the run on they help FCL and KCL
+            (results/README.md).
     """
 
     def __init__(

@@ -89,6 +89,6 @@ METHODS_TABLE = Table(
     note="Class 'few' is empty in CIFAR-10-LT with r = 100, whose smallest class has 50 images. "
     "Balanced softmax and logit adjustment with tau 1 are one loss, and one run. tau of tau-normalization and of "
     "post-hoc logit adjustment is 1: there is no validation split to choose it on. 30 epochs are few for weight "
-    "balancing, whose authors take 320, and for FCL, KCL and TSC, whose authors take 200 to 1000. Theirs are also there "
-    "with the terms from half of the run on.",
+    "balancing, whose authors take 320, and for FCL, KCL and TSC, whose authors take 200 to 1000. These are there "
+    "with the terms from half of the run on as well (late).",
 )

@@ -171,6 +171,11 @@ def _say_what_terms_can_do(num_classes: int, width: int, args: NCTrainingArgumen
     elif num_classes > width + 1:
         angle, _ = best_angle(num_classes, width)
         logger.info("%d classes on %d features: class means get at most %.1f degrees apart", num_classes, width, angle)
+    if args.objective == "contrastive" and args.start_epoch == 0:
+        logger.warning(
+            "beside the collapse terms a contrastive loss does not begin to fall. Set `start_epoch`, such as to 0.5, "
+            "half of the run."
+        )
     batch = args.per_device_train_batch_size * args.world_size
     if args.centers == "batch" and batch < num_classes:
         logger.warning(

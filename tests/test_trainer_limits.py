@@ -280,3 +280,11 @@ def test_terms_on_a_backbone_frozen_by_hand_are_said_to_do_nothing(tmp_path, cap
     network.requires_grad_(False).head.requires_grad_(True)
     NCTrainer(network, args, class_counts=[5] * 4, head="head")
     assert caplog.text.count("no weight of the backbone requires a gradient, so the collapse terms have nothing") == 1
+
+
+@pytest.mark.parametrize(("settings", "times"), [({}, 1), ({"start_epoch": 0.5}, 0), ({"between_weight": 0.0}, 0)])
+def test_terms_beside_a_contrastive_loss_from_the_start_are_warned_of(tmp_path, caplog, settings, times):
+    settings |= {"objective": "contrastive", "objective_settings": {"method": "fcl"}, "sampler": "two_views"}
+    args = NCTrainingArguments(str(tmp_path), report_to="none", within_weight=0.0, **settings)
+    NCTrainer(network_without_batch_statistics(), args, class_counts=[5] * 4, head="head")
+    assert caplog.text.count("a contrastive loss does not begin to fall. Set `start_epoch`") == times
