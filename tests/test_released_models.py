@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,11 @@ def test_the_folder_is_ready_for_the_hub(folder):
     card = (folder / "README.md").read_text()
     results = json.loads((folder / "results.json").read_text())
     assert set(results["heads"]) >= {"base", "crt"}
-    for metrics in results["heads"].values():
-        assert f"| {100 * metrics['accuracy']:.1f} |" in card
+    seeds = [json.loads(path.read_text()) for path in (folder / "seeds").glob("*.json")]
+    for head in results["heads"]:
+        accuracies = [100 * run["heads"][head]["accuracy"] for run in (results, *seeds)]
+        spread = f" ± {statistics.stdev(accuracies):.1f}" if seeds else ""
+        assert f"| {statistics.mean(accuracies):.1f}{spread} |" in card
     for picture in ("classes", "angles", "norms", "collapse"):
         assert (folder / "figures" / f"{picture}.png").is_file() and f"figures/{picture}.png" in card
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 25e6
