@@ -93,6 +93,18 @@ def test_what_has_no_room_was_not_read_to_its_end_or_is_of_other_images_is_not_f
     assert trainer.seen == 3 * len(images)
 
 
+def test_all_data_sets_share_the_room(trainer, monkeypatch):
+    first, second = SmallImages(), SmallImages(seed=1)
+    with trainer.keeping_features() as kept:
+        all_of(trainer, first)
+    monkeypatch.setattr(measuring_trainer, "KEPT_BYTES", sum(found.nbytes for found in kept.values()) * 3 // 2)
+    trainer.seen = 0
+    with trainer.keeping_features():
+        for images in (first, second, first, second):
+            all_of(trainer, images)
+    assert trainer.seen == len(first) + 2 * len(second)
+
+
 def test_computed_heads_look_at_the_images_once(trainer, tmp_path):
     images = SmallImages()
     args = RetrainingArguments(output_dir=str(tmp_path / "two"), heads=["ncm", "least_squares"], report_to="none")
