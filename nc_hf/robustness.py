@@ -90,7 +90,8 @@ def noisy_accuracies(trainer: NCTrainer, noisy: Sequence[NoisyImages]) -> list[f
     """
     accuracies = []
     for images in noisy:
-        found = trainer.iterate_features(images)
+        # Without noise they are the images that an evaluation before may have kept the features of.
+        found = trainer.iterate_features(images if images.std else images.images)
         right = sum((logits.argmax(dim=1) == labels).sum().item() for _, logits, labels in found)
         accuracies.append(right / len(images))
     return accuracies

@@ -54,7 +54,9 @@ def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_
         f"precision {args.precision}{', channels last' if args.channels_last else ''}",
     ]
     if args.collapse_enabled:
-        parts.append(f"collapse terms ({args.centers}) from epoch {resolve_epoch(args.start_epoch, num_epochs):g}")
+        before = ", against random centers before" if args.replicate_leak else ""
+        start = resolve_epoch(args.start_epoch, num_epochs)
+        parts.append(f"collapse terms ({args.centers}) from epoch {start:g}{before}")
     if args.class_weighting != "none":
         parts.append(f"{args.class_weighting} weights from epoch {resolve_epoch(args.drw_epoch or 0, num_epochs):g}")
     if args.lr_milestones:

@@ -143,3 +143,17 @@ def test_cifar100_pack_refuses_what_it_cannot_give(shared: Path, tmp_path: Path,
         pack_builder(shared, tmp_path, **settings)._thin_out(
             folder_source(Cifar100.benchmark, shared / "data")["train"]
         )
+
+
+def test_a_folder_is_the_same_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train.parquet").write_bytes(b"some")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    spellings = ("~/images", "images", str(tmp_path / "images"))
+    builders = [Cifar10(config_name="r100", data_dir=name, cache_dir=str(tmp_path / "cache")) for name in spellings]
+    assert {builder.config.data_dir for builder in builders} == {str(tmp_path / "images")}
+    assert len({builder.cache_dir for builder in builders}) == 1
+    (tmp_path / "images" / "train.parquet").write_bytes(b"others")
+    changed = Cifar10(config_name="r100", data_dir="~/images", cache_dir=str(tmp_path / "cache"))
+    assert changed.cache_dir != builders[0].cache_dir

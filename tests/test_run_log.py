@@ -36,3 +36,18 @@ def test_images_of_a_stream_are_counted_by_their_batches(tmp_path) -> None:
     state.global_step = 2
     log.on_epoch_end(args, state, None, train_dataloader=DataLoader(Stream(), batch_size=8))
     assert log.train_images == 16
+
+
+def test_evaluations_and_saves_within_an_epoch_are_not_training_time(tmp_path, monkeypatch) -> None:
+    """An epoch of 14 s, of which an evaluation after its third step takes 5 and a save after its last one takes 4."""
+    clock = iter((10.0, 13.0, 18.0, 20.0, 24.0, 24.0))  # begin, stop, go on, stop, go on at its end, end
+    monkeypatch.setattr("nc_hf.run_log.time.perf_counter", lambda: next(clock))
+    log, args = RunLog(tmp_path / "log.jsonl", "stage1"), SimpleNamespace(gradient_accumulation_steps=1, world_size=1)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=True, train_batch_size=8)
+    log.on_epoch_begin(args, state, None)
+    for state.global_step in range(1, 6):
+        log.on_step_begin(args, state, None)
+        stops = state.global_step in (3, 5)
+        log.on_step_end(args, state, SimpleNamespace(should_evaluate=stops, should_save=False))
+    log.on_epoch_end(args, state, None, train_dataloader=DataLoader(range(40)))
+    assert log.speed() == {"train_seconds": 5.0, "images_per_second": 8.0}
