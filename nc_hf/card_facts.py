@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,17 @@ def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any
         facts["computed"] = [head for head in heads if head not in TRAINED_HEADS]
         told.append({"number": number, **settings, **results["training"][stage], **facts})
     return told
+
+
+def further_seeds(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the runs of further seeds were trained, if not all as the first: by device and version of torch."""
+    places = [(run.get("device"), run.get("versions", {}).get("torch")) for run in results]
+    if len(set(places)) == 1:
+        return []
+    return [
+        f"{run['seed']} on {device or 'a device that is not known'}{f', torch {torch}' if torch else ''}"
+        for run, (device, torch) in zip(results[1:], places[1:], strict=True)
+    ]
 
 
 def _schedule(stage: Mapping[str, Any], epochs: int) -> str:

@@ -12,7 +12,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from nc_hf.card_block import escaped, marked, merge_cards, metadata_of
 from nc_hf.card_citations import citations
-from nc_hf.card_facts import dataset_facts, has_public_data, input_size, is_public, origin, parameters, stages
+from nc_hf.card_facts import (
+    dataset_facts,
+    further_seeds,
+    has_public_data,
+    input_size,
+    is_public,
+    origin,
+    parameters,
+    stages,
+)
 from nc_hf.card_tables import ACCURACIES, HEADS, accuracy_table, better_head, class_rows, geometry_table
 from nc_hf.doors import doors_of, needs_nc_hf
 
@@ -150,6 +159,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, metadata: Mapping
         repeatable=recipe is not None and (base_model is None or is_public(base_model)) and has_public_data(recipe),
         stages=told,
         skipped=sum(first.get("skipped_images", {}).values()),
+        further_seeds=further_seeds(results),
         environment={key: first[key] for key in ("versions", "device", "git_revision") if first.get(key)},
         license=metadata.get("license"),
         citations=citations(config, first),

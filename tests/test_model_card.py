@@ -137,6 +137,15 @@ def test_seeds_become_mean_and_deviation(folder):
     card = model_card(folder, "user/name")
     assert "mean ± standard deviation of 2 seeds" in card
     assert "| 83.0 ± 1.4 |" in card and "82.6 (+0.4)" in card
+    assert "Versions: torch 2.14.1.\n" in card
+
+
+def test_seeds_of_another_device_are_told(folder):
+    (folder / "seeds").mkdir()
+    elsewhere = {"device": "NVIDIA H200", "versions": {"torch": "2.11.0"}}
+    write_results(folder / "seeds" / "seed2.json", results(seed=2, **elsewhere))
+    card = model_card(folder, "user/name")
+    assert "torch 2.14.1. That is of seed 0; further seeds: 2 on NVIDIA H200, torch 2.11.0.\n" in card
 
 
 def test_a_twin_without_the_terms_stands_beside(folder):
