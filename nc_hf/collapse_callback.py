@@ -25,7 +25,7 @@ class CollapseCallback(TrainerCallback):
     changes no weight, no statistic and no random number of the run.
 
     Training waits for each measurement: a pass over the data set, forward only, which takes around a third of the time
-    of an epoch where reading images is cheap. Features go to every process, which keeps up to 1 GiB of them for the
+    of an epoch where reading images is cheap. Features go to every process, which keeps up to 2 GiB of them for the
     second reading that the geometry takes (a larger set is passed over twice) and sums them in float64 on its CPU. Our
     image sets give their images without augmentation here; any other data set gives them as it does to the trainer, so
     one that augments at random has to be replaced by `dataset`.

@@ -30,6 +30,14 @@ OTHERS = (
 )
 
 
-def decides_weights(name: str) -> bool:
-    """Whether a training argument says more than where things lie, how fast, and what is logged, saved or measured."""
-    return not name.startswith(OTHER_PREFIXES) and name not in OTHERS
+CHOOSING = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
+
+
+def decides_weights(name: str, chooses: bool = False) -> bool:
+    """Whether a training argument says more than where things lie, how fast, and what is logged, saved or measured.
+
+    Args:
+        name: of the argument.
+        chooses: the best of the saved weights is taken at the end, so it matters when they are measured and saved.
+    """
+    return (chooses and name in CHOOSING) or not (name.startswith(OTHER_PREFIXES) or name in OTHERS)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from nc_hf.labels import counts_of
 from nc_hf.metrics.calibration import expected_calibration_error
 from nc_hf.metrics.geometry import measure_geometry
-from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, long_tail_accuracy
+from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, check_references, long_tail_accuracy
 from nc_hf.models.normalized_heads import equivalent_linear
 from nc_hf.trainer import NCTrainer
 
@@ -50,7 +50,10 @@ def evaluate_classifier(
             "one integer per class, or `labels` of one integer per image."
         )
     batches = [(logits.cpu(), labels.cpu()) for _, logits, labels in trainer.iterate_features(dataset)]
+    if not batches:
+        raise ValueError(f"{type(dataset).__name__} is empty: there is nothing to evaluate.")
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
+    check_references(labels, max(len(class_counts), len(expected)))
     seen = np.bincount(labels, minlength=max(len(class_counts), len(expected)))
     expected = np.pad(expected, (0, len(seen) - len(expected)))  # classes after its last have no image
     if (seen != expected).any() and len(labels) == expected.sum():

@@ -132,14 +132,15 @@ def angle_figure(
     # Where class means coincide there is no angle.
     defined = [matrix[np.isfinite(matrix)] for matrix in angles.values()]
     known = np.concatenate([*defined, [best]])
+    low = min(known.min(), known.max() - 5)  # degrees, so that rounding has no color
     with mpl.rc_context(STYLE):
         width = WIDTH if len(angles) > 1 else 0.65 * WIDTH
         figure = Figure(figsize=(width, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(angles)))
-        order = _present(class_counts)
-        names = [_plain(class_names[k]) for k in order] if class_names and len(order) <= MOST_MATRIX_NAMES else []
+        order, most = _present(class_counts), min(MOST_MATRIX_NAMES, 2 * MOST_MATRIX_NAMES // len(angles))
+        names = [_plain(class_names[k]) for k in order] if class_names and len(order) <= most else []
         for ax, (name, matrix), found in zip(axes, angles.items(), defined, strict=True):
-            image = ax.imshow(matrix, cmap="viridis", vmin=known.min(), vmax=known.max(), interpolation="nearest")
+            image = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=known.max(), interpolation="nearest")
             smallest = f"smallest {found.min():.1f}°" if len(found) else "no angle is defined"
             ax.set_title(f"{_plain(name)}\n{smallest}", fontsize=10)
             ax.spines[:].set_visible(True)
@@ -169,8 +170,10 @@ def norm_figure(
         class_names: K names, shown where there is room.
 
     Raises:
-        ValueError: for a mean that is not finite.
+        ValueError: for a mean that is not finite, or fewer than two classes.
     """
+    if len(_present(class_counts)) < 2:
+        raise ValueError(f"norms are beside their mean: at least 2 classes need images, got {list(class_counts)}.")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         ax, lines = figure.subplots(), []
@@ -249,14 +252,18 @@ def _of_length(values: Sequence[Any], length: int, name: str) -> Sequence[Any]:
     return values
 
 
-def _legend(ax: Axes, lines: Sequence[Any], names: Iterable[str]) -> None:
+def _legend(ax: Axes, lines: Sequence[Any], names: Iterable[str], room: int = 84) -> None:
+    """A legend above the axes, `room` letters wide."""
     # Given one by one, since matplotlib leaves out labels that begin with an underscore.
     labels = [_plain(name) for name in names]
-    ax.legend(lines, labels, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    columns = min(4, max(1, room // (max(map(len, labels), default=0) + 6)))
+    ax.legend(lines, labels, frameon=False, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _log_scale(ax: Axes, numbers: str) -> None:
-    """A logarithmic axis with plain numbers, also where it covers little more than a decade."""
+    """A logarithmic axis with plain numbers, also where it covers little more than a decade; linear where all is 0."""
+    if not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines) and not ax.patches:
+        return
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(StrMethodFormatter(numbers))
     low, high = ax.get_ylim()
@@ -266,7 +273,8 @@ def _log_scale(ax: Axes, numbers: str) -> None:
 
 
 def _look(number: int) -> dict[str, str]:
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+    rounds = number // len(COLORS)  # of the colors, in each of which they have other markers
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[(number + rounds) % len(MARKERS)]}
 
 
 def _plain(name: Any) -> str:

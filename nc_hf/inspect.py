@@ -193,7 +193,7 @@ def trainers_of(source: str, recipe: Recipe) -> Iterator[tuple[str, NCTrainer, d
             )
             head_name, layer = find_head(model, head=recipe.model.head)
             task = ClassificationTask(model, head_name, layer.weight.shape[0])  # by whatever the model was trained
-            trainer = NCTrainer(task, args, train_dataset=images["train"])
+            trainer = NCTrainer(task, args, train_dataset=images["train"], processing_class=processor)
             with trainer.keeping_features(kept) as kept:
                 yield head or "head", trainer, images
 
@@ -236,9 +236,10 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
     accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
     panels = {f"{name} images": split_means for name, split_means in means.items()}
     seen = [n if all(split_means[k].any() for split_means in means.values()) else 0 for k, n in enumerate(counts)]
+    of_means = {"angles": angle_figure, "norms": norm_figure}
     figures = {"classes": class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds)}
     if sum(n > 0 for n in seen) > 1:
-        figures |= {"angles": angle_figure(panels, seen), "norms": norm_figure(panels, seen)}
+        figures |= {name: draw(panels, seen, dataset["class_names"]) for name, draw in of_means.items()}
     for name, figure in figures.items():
         save_figure(figure, folder / name, svg=True)
 

@@ -112,7 +112,7 @@ def recipe_digest(recipe: Recipe, data_checksum: str | None = None, model_checks
     for stage in STAGES:
         settings, defaults = getattr(recipe, stage), defaults_of(stage)
         told[stage] = settings and {
-            name: value for name, value in settings.items() if value != defaults[name] and decides_weights(name)
+            name: value for name, value in _deciding(settings).items() if value != defaults[name]
         }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -132,9 +132,15 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
         flat |= {f"{section}.{name}": value for name, value in settings if name not in UNTOLD_DATA}
     for stage in STAGES:
         if (settings := getattr(recipe, stage)) is not None:
-            settings = {**defaults_of(stage), **settings}
-            flat |= {f"{stage}.{name}": value for name, value in settings.items() if decides_weights(name)}
+            settings = _deciding({**defaults_of(stage), **settings})
+            flat |= {f"{stage}.{name}": value for name, value in settings.items()}
     return flat
+
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings of a stage that decide its weights."""
+    chooses = bool(settings.get("load_best_model_at_end"))
+    return {name: value for name, value in settings.items() if decides_weights(name, chooses)}
 
 
 def _expanded(value: str | None) -> str | None:

@@ -47,7 +47,7 @@ class Found:
         """A metric of a table in percent; None where it was not measured, or the noise on another scale."""
         if metric.startswith("noise "):
             noise = self.results.get("noise", {})
-            measured = noise.get("scale") == "normalized" and head in noise["accuracy"]
+            measured = is_of_table6(noise) and head in noise["accuracy"]
             accuracies = dict(zip(noise["std"], noise["accuracy"][head], strict=True)) if measured else {}
             share = accuracies.get(float(metric.removeprefix("noise ")))
         else:
@@ -99,9 +99,15 @@ class Plan:
             results = read_results(path)
             recipe = self.recipe(results["seed"])
             precision = None if recipe is None else matching_precision(recipe, results)
-            if precision and self.row.head in results["heads"] and results["split"] == "test":
+            if precision and self._is_measured(recipe, results) and path == self.target(results["seed"]):
                 found.append(Found(results["seed"], path, results, precision))
         return sorted(found, key=lambda one: one.seed)
+
+    def _is_measured(self, recipe: Recipe, results: dict[str, Any]) -> bool:
+        """Whether the row's head was, on the test images, with the recipe's bounds of many, medium and few."""
+        bounds = recipe.evaluation.bounds
+        same = {name: results["dataset"].get(name, bound) for name, bound in bounds.items()} == bounds
+        return same and self.row.head in results["heads"] and results["split"] == "test"
 
     def means(self) -> list[Found]:
         """Those of them that have class means."""
@@ -145,6 +151,11 @@ def matching_precision(recipe: Recipe, results: dict[str, Any]) -> str | None:
     return None
 
 
+def is_of_table6(noise: dict[str, Any]) -> bool:
+    """Whether noise is of the scale and seed that Table 6 is measured with."""
+    return noise.get("scale") == "normalized" and noise.get("seed") == 0
+
+
 def collect_run(run: Path, target: Path) -> None:
     """Copy what a finished run measured to the place of its results: no weights, no paths.
 
@@ -155,14 +166,22 @@ def collect_run(run: Path, target: Path) -> None:
 
     Raises:
         FileNotFoundError: for a run that is not finished.
-        ValueError: as `check_batches`.
+        ValueError: as `check_batches`, or for a `noise.json` of other images, another scale or another seed than
+            Table 6 is of.
     """
     from safetensors.torch import save_file
 
     (results, recipe), earlier, means = read_run(run), read_results(target), class_means_of(run)
     check_batches(run, recipe, results)
     same = earlier.get("recipe_digest") == results["recipe_digest"]
-    if noise := read_results(run / "noise.json").get("noise", earlier.get("noise") if same else None):
+    measured = read_results(run / "noise.json")
+    if "noise" in measured and (measured.get("split", "test") != "test" or not is_of_table6(measured["noise"])):
+        raise ValueError(
+            f"{run / 'noise.json'} has noise of {measured.get('split', 'test')} images, scale "
+            f"{measured['noise']['scale']}, seed {measured['noise']['seed']}; Table 6 is of test images, scale "
+            "normalized, seed 0. Measure it so by recipes/evaluate.py, or remove that file."
+        )
+    if noise := measured.get("noise", earlier.get("noise") if same else None):
         results["noise"] = noise
     target.parent.mkdir(parents=True, exist_ok=True)
     if means is not None:

@@ -105,6 +105,8 @@ def _circumstances(plan: Plan, found: Sequence[Found], shared: Mapping[str, str]
         notes.append(f"{', '.join(sorted(unused))} not used: of another recipe, or without this measurement")
     if any("not the standard subset" in one.results["dataset"].get("description", "") for one in found):
         notes.append("not the standard subset")
+    if skipped := sum(sum(one.results.get("skipped_images", {}).values()) for one in found):
+        notes.append(f"{skipped} images could not be read")
     epochs = "-" if recipe.stage1 is None else f"{(defaults_of('stage1') | recipe.stage1)['num_train_epochs']:g}"
     return [seeds, epochs, precisions, _wall_time(plan.row.head, found), "; ".join(notes)]
 
@@ -281,6 +283,9 @@ def draw_paper_figure(spec: FigureSpec, panels: Mapping[str, Sequence[Plan]], pa
         plan, one = next(((plan, one) for plan in plans for one in plan.means()), (None, None))
         if one is None:
             lines.append(f"{title}: not run ({' or '.join(plan.name for plan in plans)})")
+            continue
+        if spec.kind == "collapse" and not one.results.get("geometry_course"):
+            lines.append(f"{title}: not followed over the epochs (evaluation.geometry_every) in {one.path}")
             continue
         if spec.kind == "collapse":
             shown[title] = one.results["geometry_course"]

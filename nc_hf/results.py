@@ -17,8 +17,15 @@ GROUPS = ("accuracy", "accuracy_many", "accuracy_medium", "accuracy_few")
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The content of a `results.json`; empty when there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The content of a `results.json`; empty when there is none.
+
+    Raises:
+        ValueError: for a file that is not JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, or collect its run again.") from None
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -81,7 +81,8 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
     results: dict[str, Any] = {"heads": {}}
     noisy: list[NoisyImages] = []
     for head, trainer, images in trainers_of(source, recipe):
-        tested = images[evaluated_split(images)]
+        split = evaluated_split(images)
+        tested, results["split"] = images[split], recipe.data.test_split or split
         results["heads"][head] = evaluate_classifier(
             trainer,
             tested,

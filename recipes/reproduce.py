@@ -205,7 +205,13 @@ def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
     """Why a run is not started: its model lies elsewhere, or its processes have no device of their own."""
     import torch
 
-    if any(one.seed == seed for one in plan.found()) and not run.is_dir():
+    present = next((one for one in plan.found() if one.seed == seed), None)
+    if present and not run.is_dir() and not present.means_path.is_file():
+        return (
+            f"{present.path}: its class means ({present.means_path.name}) are not there. Collect its run again, or "
+            "remove that file, and it is trained again."
+        )
+    if present and not run.is_dir():
         return (
             f"{plan.target(seed)}: what is missing of these results takes the model, which is not in {run}. Let "
             "recipes/evaluate.py measure the noise where the run lies, with `--json <run>/noise.json`, and `collect` "

@@ -109,6 +109,29 @@ def test_no_words_of_a_picture_run_into_each_other():
     assert boxes[0].x1 <= boxes[1].x0 and boxes[1].x1 <= boxes[2].x0
 
 
+def test_rounding_has_no_color():
+    """Two means are always 180 degrees apart."""
+    means = {name: torch.randn(2, 5, generator=torch.Generator().manual_seed(k)) for k, name in enumerate("ab")}
+    for image in heat_maps(angle_figure(means, [9, 1])):
+        assert image.get_clim() == pytest.approx((175, 180), abs=1e-4)
+
+
+def test_twelve_lines_differ_in_color_or_marker():
+    figure = class_accuracy_figure([9, 5], {f"head {k}": [0.5, 0.4] for k in range(12)})
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_marker() != "None"}
+    assert len(looks) == 12
+
+
+def test_zero_variability_is_drawn(recwarn):
+    figure = collapse_figure({"CE": [{"epoch": 1.0, "nc1_variability_balanced": 0.0, "nc4_agreement": 1.0}]})
+    assert figure.axes[0].get_yscale() == "linear" and not recwarn.list
+
+
+def test_norms_of_one_class_are_refused():
+    with pytest.raises(ValueError, match="at least 2 classes need images"):
+        norm_figure({"CE": torch.ones(3, 4)}, [5, 0, 0])
+
+
 def test_norms_are_relative_to_their_mean():
     means = simplex(4, 6) * 7
     (ax,) = norm_figure({"even": means, "odd": torch.randn(4, 6)}, [1, 2, 3, 4]).axes

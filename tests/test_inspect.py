@@ -219,7 +219,7 @@ def test_a_class_without_test_images_is_in_no_figure(inspected, tmp_path, monkey
     means["test"][3] = 0
     shown = []
     for figure in ("angle_figure", "norm_figure"):
-        monkeypatch.setattr(f"nc_hf.figures.{figure}", lambda panels, counts: shown.append(counts))
+        monkeypatch.setattr(f"nc_hf.figures.{figure}", lambda panels, counts, names: shown.append(counts))
     monkeypatch.setattr("nc_hf.figures.save_figure", lambda *_, **__: None)
     draw_figures(tmp_path, results, means)
     expected = [0 if k == 3 else n for k, n in enumerate(results["dataset"]["class_counts"])]

@@ -184,3 +184,14 @@ def test_entries_know_their_lines(write: Callable) -> None:
     entries = read_entries(path)
     assert entries["name"] == ("a", f"{path}:2")
     assert entries["data"].value["seed"] == ("1", f"{path}:5")
+
+
+def test_when_weights_are_measured_matters_where_the_best_are_taken(write: Callable[..., Path]) -> None:
+    text = "data: {dataset: digits_lt, validation_fraction: 0.1}\nstage1: {num_train_epochs: 2}\n"
+    choosing = "--stage1.load_best_model_at_end", "true"
+    by_epoch = ("--stage1.eval_strategy", "epoch", "--stage1.save_strategy", "epoch")
+    by_steps = ("--stage1.eval_strategy", "steps", "--stage1.save_strategy", "steps", "--stage1.eval_steps", "50")
+    by_steps += ("--stage1.save_steps", "50")
+    path = write(text)
+    assert len({recipe_digest(load_recipe(path, [*choosing, *when])) for when in (by_epoch, by_steps)}) == 2
+    assert len({recipe_digest(load_recipe(path, list(when))) for when in (by_epoch, by_steps)}) == 1

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from stored_results import COUNTS, RECIPES, TABLE3, cells, finished_run, measured, plan_for, store
 
+from nc_hf.paper_figures import FIGURES
 from nc_hf.paper_tables import CIFAR10, CIFAR10_LT, CIFAR100_LT, Row
 from nc_hf.recipe import load_recipe, recipe_digest
 from nc_hf.reproduction import TABLES, collect_run, matching_precision, plan_of_run, plan_row
-from nc_hf.reproduction_report import protocol, render_table
+from nc_hf.reproduction_report import draw_paper_figure, protocol, render_table
 from nc_hf.results import write_results
 
 # ---- The data ----
@@ -280,14 +281,60 @@ def test_collecting_again_keeps_the_noise_of_the_same_recipe(tmp_path):
     store(plan, measured(plan, noise=noise))
     collect_run(tmp_path / "run", plan.target(0))
     assert plan.found()[0].results["noise"] == noise
-    measured_again = {"noise": {**noise, "seed": 3}}
+    measured_again = {"split": "test", "noise": {**noise, "std": [0.1]}}
     (tmp_path / "run/noise.json").write_text(json.dumps(measured_again))
     collect_run(tmp_path / "run", plan.target(0))
-    assert plan.found()[0].results["noise"]["seed"] == 3
+    assert plan.found()[0].results["noise"]["std"] == [0.1]
     (tmp_path / "run/noise.json").unlink()
     store(plan, measured(plan, noise=noise, recipe_digest="0" * 16))
     collect_run(tmp_path / "run", plan.target(0))
     assert "noise" not in plan.found()[0].results
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "message"),
+    [
+        ("left_out", {}, "noise of left_out images, scale normalized, seed 0"),
+        ("test", {"scale": "pixels"}, "noise of test images, scale pixels, seed 0"),
+        ("test", {"seed": 7}, "seed 7; Table 6 is of test images, scale normalized, seed 0"),
+    ],
+)
+def test_noise_of_other_images_scale_or_seed_is_not_collected(tmp_path, split, changes, message):
+    plan = plan_for("CE-DRW", tmp_path / "results")
+    finished_run(tmp_path / "run", plan)
+    noise = {"std": [0.0], "scale": "normalized", "seed": 0, "accuracy": {"base": [0.7]}}
+    store(plan, measured(plan, noise=noise))
+    (tmp_path / "run/noise.json").write_text(json.dumps({"split": split, "noise": noise | changes}))
+    with pytest.raises(ValueError, match=message):
+        collect_run(tmp_path / "run", plan.target(0))
+    assert plan.found()[0].results["noise"] == noise
+
+
+def test_results_that_are_no_seed_of_the_row_do_not_count(tmp_path):
+    """A copy under another name, and other bounds of many and few; images that could not be read are told."""
+    plan = plan_for("CE-DRW", tmp_path)
+    store(plan, measured(plan, skipped_images={"train": 9}))
+    plan.target(0).with_name("seed0_copy.json").write_text(plan.target(0).read_text())
+    bounds = measured(plan)["dataset"] | {"few_below": 900, "many_above": 1000}
+    write_results(plan.target(1), measured(plan, 1, dataset=bounds))
+    assert [one.path for one in plan.found()] == [plan.target(0)]
+    row = cells(render_table(TABLE3, CIFAR10_LT, {"CE-DRW": plan}), "CE-DRW")
+    assert "seed0_copy.json, seed1.json not used" in row[-1] and row[-1].endswith("9 images could not be read")
+    plan.target(1).write_text('{"seed": ')
+    with pytest.raises(ValueError, match=r"seed1\.json is not JSON"):
+        plan.found()
+
+
+def test_a_run_that_was_not_followed_leaves_the_others_their_course(tmp_path):
+    plans = {name: plan_for(name, tmp_path / "results") for name in ("CE", "CE-DRW")}
+    course = [{"epoch": 1.0, "nc1_variability_balanced": 0.5}]
+    for name, records in (("CE", []), ("CE-DRW", course)):
+        finished_run(tmp_path / name, plans[name])
+        collect_run(tmp_path / name, plans[name].target(0))
+        store(plans[name], measured(plans[name], geometry_course=records))
+    lines = draw_paper_figure(FIGURES["collapse"], {name: [plan] for name, plan in plans.items()}, tmp_path / "figure")
+    assert "CE: not followed over the epochs (evaluation.geometry_every)" in "\n".join(lines)
+    assert (tmp_path / "figure.png").is_file()
 
 
 def test_a_run_that_is_not_finished_replaces_nothing(tmp_path):

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nc_hf.metrics.calibration import expected_calibration_error
-from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups, long_tail_accuracy
+from nc_hf.metrics.long_tail_accuracy import (
+    FEW_BELOW,
+    MANY_ABOVE,
+    check_references,
+    frequency_groups,
+    long_tail_accuracy,
+)
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -54,6 +60,7 @@ def compute_metrics_for(
 
 
 def _check_counted_once(labels: np.ndarray, test_counts: np.ndarray) -> None:
+    check_references(labels, len(test_counts))
     counted = np.bincount(labels, minlength=len(test_counts))
     if not np.array_equal(counted, test_counts):
         wrong = int(np.argmax(counted[: len(test_counts)] != test_counts))
