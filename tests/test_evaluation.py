@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from small_images import SmallImages, network_without_batch_statistics
 from small_runs import arguments
+from transformers import EvalPrediction
 
-from nc_hf import NCTrainer
+from nc_hf import NCTrainer, compute_metrics_for
 from nc_hf.evaluation import evaluate_classifier
 
 
@@ -36,3 +38,20 @@ def test_a_data_set_that_does_not_tell_its_counts_is_refused(trainer):
     rows = [{"pixel_values": image, "labels": 0} for image in SmallImages().images[:4]]
     with pytest.raises(ValueError, match="images per class of list are not known. Give it an attribute"):
         evaluate_classifier(trainer, rows, [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("wrong", [-100, 4])
+def test_labels_that_name_no_class_are_told(trainer, wrong):
+    images = SmallImages()
+    images.labels[5] = wrong
+    with pytest.raises(ValueError, match=rf"references must lie in \[0, 4\).*row 5 has {wrong}"):
+        evaluate_classifier(trainer, images, images.class_counts)
+    predictions = EvalPrediction(predictions=np.zeros((len(images), 4)), label_ids=images.labels)
+    with pytest.raises(ValueError, match=f"row 5 has {wrong}"):
+        compute_metrics_for(images.class_counts, test_counts=images.class_counts)(predictions)
+
+
+def test_an_empty_set_is_told(trainer):
+    images = SmallImages((0, 0, 0, 0))
+    with pytest.raises(ValueError, match="SmallImages is empty: there is nothing to evaluate"):
+        evaluate_classifier(trainer, images, [5, 5, 5, 5])
