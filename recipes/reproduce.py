@@ -201,12 +201,12 @@ def processes_of(plan: Plan, seed: int) -> int:
     return (recipe.stage1 or recipe.stage2).get("expected_processes") or 1
 
 
-def obstacle(plan: Plan, seed: int, run: Path) -> str | None:
+def obstacle(plan: Plan, seed: int, run: Path, of_noise: bool = False) -> str | None:
     """Why a run is not started: its model lies elsewhere, or its processes have no device of their own."""
     import torch
 
     present = next((one for one in plan.found() if one.seed == seed), None)
-    if present and not run.is_dir() and not present.means_path.is_file():
+    if present and not run.is_dir() and not of_noise:
         return (
             f"{present.path}: its class means ({present.means_path.name}) are not there. Collect its run again, or "
             "remove that file, and it is trained again."
@@ -272,7 +272,7 @@ def run_and_collect(options: argparse.Namespace, plan: Plan, seed: int, environm
     from nc_hf.results import read_results
 
     run = run_folder(options.output, plan, seed)
-    if trouble := obstacle(plan, seed, run):
+    if trouble := obstacle(plan, seed, run, bool(options.noise)):
         return trouble
     print(f"\n{plan.setting.title}, {plan.folder.name}, seed {seed}: {run}", flush=True)
     log = None if options.jobs == 1 else run.with_name(f"{run.name}.log")

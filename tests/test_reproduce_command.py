@@ -189,7 +189,7 @@ def test_a_run_of_more_processes_than_devices_is_not_started(tmp_path, script, m
     plan = plan_row(IMAGENET_LT, Row("ce"), RECIPES, tmp_path)
     for devices in (0, 4, 8):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda devices=devices: devices)
-        assert script.obstacle(plan, 0, tmp_path / "run") is None
+        assert script.obstacle(plan, 0, tmp_path / "run", of_noise=False) is None
 
 
 @pytest.mark.parametrize(
