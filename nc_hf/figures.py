@@ -23,6 +23,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 BARS = "#BBBBBB"
 WIDTH, DPI = 8.0, 200  # inches and dots an inch: 1600 pixels, shown at half that on the Hub
+LEGEND_WIDTH = 84  # in letters
 MOST_NAMES = 30  # of classes on an axis
 MOST_MATRIX_NAMES = 20  # on both axes of a matrix
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "nc_hf"}
@@ -220,7 +221,8 @@ def collapse_figure(courses: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figur
         for ax, (key, label) in zip(axes.flat, panels.items(), strict=True):
             ax.set_ylabel(label)
             if key == "nc1_variability_balanced":
-                _log_scale(ax, "{x:g}")
+                if any(max(line.get_ydata(), default=0) > 0 for line in ax.lines):  # a logarithm has no 0
+                    _log_scale(ax, "{x:g}")
             elif key != "nc2_angle_gap":
                 ax.set_ylim(bottom=0)
         for ax in axes[1]:
@@ -252,18 +254,16 @@ def _of_length(values: Sequence[Any], length: int, name: str) -> Sequence[Any]:
     return values
 
 
-def _legend(ax: Axes, lines: Sequence[Any], names: Iterable[str], room: int = 84) -> None:
-    """A legend above the axes, `room` letters wide."""
+def _legend(ax: Axes, lines: Sequence[Any], names: Iterable[str]) -> None:
+    """A legend above the axes, in as many columns as the names leave room for."""
     # Given one by one, since matplotlib leaves out labels that begin with an underscore.
     labels = [_plain(name) for name in names]
-    columns = min(4, max(1, room // (max(map(len, labels), default=0) + 6)))
+    columns = min(4, max(1, LEGEND_WIDTH // (max(map(len, labels), default=0) + 6)))
     ax.legend(lines, labels, frameon=False, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _log_scale(ax: Axes, numbers: str) -> None:
-    """A logarithmic axis with plain numbers, also where it covers little more than a decade; linear where all is 0."""
-    if not any((np.asarray(line.get_ydata(), dtype=float) > 0).any() for line in ax.lines) and not ax.patches:
-        return
+    """A logarithmic axis with plain numbers, also where it covers little more than a decade."""
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(StrMethodFormatter(numbers))
     low, high = ax.get_ylim()

@@ -151,7 +151,7 @@ def inspect_classifier(source: str, recipe: Recipe) -> tuple[dict[str, Any], dic
         counts = train.class_counts.tolist()
         dataset = {"name": _last_part(recipe.data.dataset), "description": train.description, **bounds}
         results["dataset"] = dataset | {"class_names": train.class_names, "class_counts": counts}
-        results["split"] = recipe.data.test_split or split if split == "test" else split
+        results["split"] = recipe.data.own_name(split)
     return results | environment(), {name: split_means for name, (split_means, _) in means.items()}
 
 

@@ -59,6 +59,10 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     cache_dir: str | None = None
 
+    def own_name(self, split: str) -> str:
+        """What the data set itself calls a split of ours: `test_split`, where that is set, for `"test"`."""
+        return self.test_split or split if split == "test" else split
+
 
 @dataclass
 class EvaluationConfig:

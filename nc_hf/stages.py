@@ -233,7 +233,7 @@ def _report_stage(
     """Measure a stage's classifier with each of its heads, once on the test split, and save it."""
     train, evaluation = images["train"], recipe.evaluation
     split = "test" if "test" in images else "validation"
-    results["split"] = recipe.data.test_split or split if split == "test" else split
+    results["split"] = recipe.data.own_name(split)
     heads = {"base": trainer.task.head.state_dict()} if stage == "stage1" else trainer.heads
     with trainer.keeping_features():
         means = {name: trainer.class_means(images[name]) for name in ("train", split)}

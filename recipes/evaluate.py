@@ -82,7 +82,7 @@ def evaluate_heads(source: str, recipe: Any, noise: dict[str, Any] | None) -> di
     noisy: list[NoisyImages] = []
     for head, trainer, images in trainers_of(source, recipe):
         split = evaluated_split(images)
-        tested, results["split"] = images[split], recipe.data.test_split or split
+        tested, results["split"] = images[split], recipe.data.own_name(split)
         results["heads"][head] = evaluate_classifier(
             trainer,
             tested,

@@ -201,15 +201,18 @@ def processes_of(plan: Plan, seed: int) -> int:
     return (recipe.stage1 or recipe.stage2).get("expected_processes") or 1
 
 
-def obstacle(plan: Plan, seed: int, run: Path, of_noise: bool = False) -> str | None:
-    """Why a run is not started: its model lies elsewhere, or its processes have no device of their own."""
+def obstacle(plan: Plan, seed: int, run: Path, of_noise: bool) -> str | None:
+    """Why a run is not started: its model lies elsewhere, or its processes have no device of their own.
+
+    What a result that is there lacks is noise, where noise is asked for, and else the class means of a figure.
+    """
     import torch
 
     present = next((one for one in plan.found() if one.seed == seed), None)
     if present and not run.is_dir() and not of_noise:
         return (
             f"{present.path}: its class means ({present.means_path.name}) are not there. Collect its run again, or "
-            "remove that file, and it is trained again."
+            f"remove {present.path.name}, and it is trained again."
         )
     if present and not run.is_dir():
         return (
