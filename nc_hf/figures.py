@@ -26,6 +26,7 @@ WIDTH, DPI = 8.0, 200  # inches and dots an inch: 1600 pixels, shown at half tha
 LEGEND_WIDTH = 84  # in letters
 MOST_NAMES = 30  # of classes on an axis
 MOST_MATRIX_NAMES = 20  # on both axes of a matrix
+MOST_CELLS = 1000  # on an axis of a matrix, which has about as many pixels
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "nc_hf"}
 
 
@@ -94,12 +95,14 @@ def _mark_groups(axes: Sequence[Axes], counts: np.ndarray, few_below: int, many_
     for edge in {edge for edge in edges[1:-1] if 0 < edge < len(counts)}:
         for ax in axes:
             ax.axvline(edge - 0.5, color="black", linewidth=0.8, linestyle=":")
+    last, raised = -np.inf, False
     for name, start, stop in zip(("many", "medium", "few"), edges[:-1], edges[1:], strict=True):
         if stop > start:
             middle = (start + stop - 1) / 2
-            axes[1].annotate(
-                name, (middle, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9
-            )
+            raised = middle - last < 0.1 * len(counts) and not raised  # names side by side would run into each other
+            place = {"xytext": (0, 13 if raised else 0), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axes[1].annotate(name, (middle, 1), xycoords=("data", "axes fraction"), fontsize=9, **place)
+            last = middle
 
 
 def _name_classes(ax: Axes, order: np.ndarray | Tensor, class_names: Sequence[str] | None) -> None:
@@ -126,10 +129,10 @@ def angle_figure(
     """
     if len(_present(class_counts)) < 2:
         raise ValueError(f"angles are between class means: at least 2 classes need images, got {list(class_counts)}.")
-    angles = {name: pairwise_angles(_centered(mean, class_counts, name)).numpy() for name, mean in means.items()}
-    for matrix in angles.values():
-        np.fill_diagonal(matrix, np.nan)
-    best, reachable = best_angle(len(next(iter(angles.values()))), next(iter(means.values())).shape[1])
+    centered = {name: _centered(mean, class_counts, name) for name, mean in means.items()}
+    angles = {name: _cells(pairwise_angles(mean).numpy()) for name, mean in centered.items()}
+    order = _present(class_counts)
+    best, reachable = best_angle(len(order), next(iter(means.values())).shape[1])
     # Where class means coincide there is no angle.
     defined = [matrix[np.isfinite(matrix)] for matrix in angles.values()]
     known = np.concatenate([*defined, [best]])
@@ -138,10 +141,13 @@ def angle_figure(
         width = WIDTH if len(angles) > 1 else 0.65 * WIDTH
         figure = Figure(figsize=(width, 0.9 + WIDTH / max(2, len(angles))), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(angles)))
-        order, most = _present(class_counts), min(MOST_MATRIX_NAMES, 2 * MOST_MATRIX_NAMES // len(angles))
+        most = min(MOST_MATRIX_NAMES, 2 * MOST_MATRIX_NAMES // len(angles))
         names = [_plain(class_names[k]) for k in order] if class_names and len(order) <= most else []
         for ax, (name, matrix), found in zip(axes, angles.items(), defined, strict=True):
-            image = ax.imshow(matrix, cmap="viridis", vmin=low, vmax=known.max(), interpolation="nearest")
+            block = -(-len(order) // len(matrix))  # classes on each side of a cell
+            extent = (-0.5, len(matrix) * block - 0.5, len(matrix) * block - 0.5, -0.5)
+            scale = {"cmap": "viridis", "vmin": low, "vmax": known.max()}
+            image = ax.imshow(matrix, extent=extent, interpolation="nearest", **scale)
             smallest = f"smallest {found.min():.1f}°" if len(found) else "no angle is defined"
             ax.set_title(f"{_plain(name)}\n{smallest}", fontsize=10)
             ax.spines[:].set_visible(True)
@@ -149,13 +155,24 @@ def angle_figure(
                 ax.set_xticks(range(len(names)), names, rotation=90)
                 ax.set_yticks(range(len(names)), names if ax is axes[0] else [])
             else:
-                ax.set(xlabel="class, by number of training images")
+                cells = f"\n(a cell: smallest angle of {block} x {block})" if block > 1 else ""
+                ax.set(xlabel=f"class, by number of training images{cells}")
         # The line on the scale is the best angle, which the words beside it name.
         words = f"angle (degrees); {'best' if reachable else 'bound'} {best:.1f}°"
         bar = figure.colorbar(image, ax=axes, label=words, shrink=0.85)
         bar.ax.axhline(best, color="white", linewidth=2.5)
         bar.ax.axhline(best, color="black", linewidth=1.2)
     return figure
+
+
+def _cells(angles: np.ndarray) -> np.ndarray:
+    """(K, K) angles without the diagonal; where K > MOST_CELLS, the smallest of each square block of them."""
+    np.fill_diagonal(angles, np.nan)
+    block = -(-len(angles) // MOST_CELLS)
+    if block == 1:
+        return angles
+    padded = np.pad(angles, (0, -len(angles) % block), constant_values=np.nan)
+    return np.fmin.reduce(padded.reshape(len(padded) // block, block, -1, block), axis=(1, 3))
 
 
 def norm_figure(

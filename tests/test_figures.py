@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -45,6 +46,15 @@ def test_classes_are_ordered_by_size_and_keep_their_accuracies():
     assert groups == ["many", "medium", "few"]
 
 
+@pytest.mark.parametrize("counts", [[500, 60] + 38 * [5], 38 * [500] + [60, 5], 19 * [500] + [60] + 20 * [5]])
+def test_names_of_narrow_groups_do_not_run_into_each_other(counts):
+    figure = class_accuracy_figure(counts, {"base": [0.5] * len(counts)})
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[1].texts]
+    assert len(boxes) == 3
+    assert not any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
+
+
 def test_angles_of_a_simplex_are_the_best_ones():
     best = math.degrees(math.acos(-1 / 5))
     figure = angle_figure({"simplex": simplex(6, 8), "worse": torch.randn(6, 8)}, [6, 5, 4, 3, 2, 1])
@@ -68,6 +78,21 @@ def test_angles_leave_out_absent_classes_and_order_the_others():
     centered = present - present.mean(dim=0)
     cosine = torch.nn.functional.cosine_similarity(centered[0], centered[1], dim=0)
     assert only.get_array().data[0, 1] == pytest.approx(math.degrees(math.acos(cosine)))
+
+
+def test_more_classes_than_pixels_show_the_smallest_angle_of_each_block(monkeypatch):
+    means, counts = torch.randn(7, 5), range(7, 0, -1)
+    (whole,) = heat_maps(angle_figure({"x": means}, counts))
+    monkeypatch.setattr("nc_hf.figures.MOST_CELLS", 3)
+    figure = angle_figure({"x": means}, counts)
+    (pooled,) = heat_maps(figure)
+    angles, blocks = whole.get_array().data, [range(3), range(3, 6), range(6, 7)]
+    for (row, rows), (column, columns) in itertools.product(enumerate(blocks), enumerate(blocks)):
+        pairs = [angles[k, j] for k in rows for j in columns if k != j]
+        cell = pooled.get_array().data[row, column]
+        assert cell == min(pairs) if pairs else np.isnan(cell)
+    assert figure.axes[0].get_title() == f"x\nsmallest {np.nanmin(angles):.1f}°"
+    assert "smallest angle of 3 x 3" in figure.axes[0].get_xlabel() and pooled.get_extent()[:2] == [-0.5, 8.5]
 
 
 def test_class_means_that_coincide_leave_the_other_panel_as_it_is():
