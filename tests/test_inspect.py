@@ -16,6 +16,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from nc_hf import save_pretrained
 from nc_hf.image_sets import image_sets, read_splits
@@ -232,3 +233,16 @@ def test_a_run_at_bf16_is_measured_at_fp32_where_bf16_is_slow(stock, monkeypatch
     recipe = load_recipe(None, [*DIGITS, "--stage1.precision", "bf16"])
     _, trainer, _ = next(trainers_of(str(stock), recipe))
     assert trainer.args.precision == precision
+
+
+def test_a_transformers_folder_with_its_image_processor_is_not_said_to_have_none(tmp_path, caplog):
+    size = {"height": 16, "width": 16}
+    model = ViTForImageClassification(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, num_labels=10)
+    )
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size=size).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="nc_hf"):
+        _, trainer, _ = next(trainers_of(str(tmp_path), load_recipe(None, DIGITS)))
+    assert trainer.processing_class is not None
+    assert "image processor" not in caplog.text
