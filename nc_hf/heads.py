@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-UNREACHABLE = -6e4  # the bias of a class that must never be predicted; float16 holds nothing below -65504
+MARGIN = 1e3  # between the logit of a class that must never be predicted and another's
 
 Batches = Iterable[tuple[Tensor, ...]]
 
@@ -46,7 +46,7 @@ def nearest_class_mean(means: Tensor, counts: Tensor) -> LinearHead:
         counts: (K,) images behind each; a class without any is never predicted.
     """
     bias = -means.square().sum(dim=1) / 2
-    return LinearHead(means, torch.where(counts.to(means.device) > 0, bias, UNREACHABLE))
+    return _of_present(LinearHead(means, bias), counts)
 
 
 def logit_adjusted(head: LinearHead, class_counts: Sequence[int], tau: float = 1.0) -> LinearHead:
@@ -59,7 +59,7 @@ def logit_adjusted(head: LinearHead, class_counts: Sequence[int], tau: float = 1
     """
     counts = torch.as_tensor(class_counts, dtype=head.bias.dtype, device=head.bias.device)
     bias = head.bias - tau * (counts / counts.sum()).clamp(min=1e-30).log()
-    return LinearHead(head.weight, torch.where(counts > 0, bias, UNREACHABLE))
+    return _of_present(LinearHead(head.weight, bias), counts)
 
 
 def least_squares(
@@ -93,7 +93,15 @@ def least_squares(
     )
     weight = (weights[:, None] * centered) @ torch.linalg.pinv(scatter, hermitian=True)
     bias = weights / weights.sum() - weight @ grand
-    return LinearHead(weight, torch.where(present, bias, UNREACHABLE))
+    return _of_present(LinearHead(weight, bias), counts)
+
+
+def _of_present(head: LinearHead, counts: Tensor) -> LinearHead:
+    """The head with each class without images always below the first one with some, however long features are."""
+    present = counts.to(head.weight.device) > 0
+    weight, bias = (rows[present.int().argmax()] for rows in head)
+    below = bias - MARGIN - bias.abs()  # in any precision
+    return LinearHead(torch.where(present[:, None], head.weight, weight), torch.where(present, head.bias, below))
 
 
 def choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from nc_hf.reproduction import MEANS, Found, Plan
 from nc_hf.retraining_args import TRAINED_HEADS
 
 CLOSE = 1.0  # points below the paper that still count as reproduced
+ROUNDING = 1e-9
 JUDGED = ("nc", "ce_drw")  # how the methods begin that have to
 
 
@@ -52,7 +54,8 @@ def render_table(table: Table, setting: Setting, plans: dict[str, Plan]) -> str:
         "",
         f"Where a row says nothing else: {', '.join([*shared.values(), 'last epoch'])}.",
         "",
-        *_claims(table, setting, plans, ours),
+        *_order(table, setting, plans, counted),
+        *_closeness(table, setting, plans, ours),
         *_gains(table, setting, plans, counted),
     ]
     return "\n".join([*lines, *([table.note] if table.note else [])]) + "\n"
@@ -140,7 +143,8 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
         parts["head"] = f"{recipe.model.head_type} head"
     if recipe.stage1 is not None:
         stage = defaults_of("stage1") | recipe.stage1
-        parts["batch"] = f"batch {stage['per_device_train_batch_size'] * (stage['expected_processes'] or 1)}"
+        batch = stage["per_device_train_batch_size"] * stage["gradient_accumulation_steps"]
+        parts["batch"] = f"batch {batch * (stage['expected_processes'] or 1)}"
         parts["optimizer"] = f"{stage['optim']} {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}"
         if stage["lr_milestones"]:
             milestones = " and ".join(f"{milestone:g}" for milestone in stage["lr_milestones"])
@@ -197,31 +201,60 @@ def _second_stage(recipe: Recipe, head: str) -> str:
     return f"{parts[0]} ({', '.join(parts[1:])})"
 
 
-def _claims(table: Table, setting: Setting, plans: Mapping[str, Plan], ours: Mapping[str, float]) -> list[str]:
-    """Whether our means have the paper's order, and those of its own methods come within 1.0 of its numbers."""
-    lines, names = [], [name for name in table.order[::2] if name in ours]
-    if len(names) > 1:
-        signs = dict(zip(table.order[2::2], table.order[1::2], strict=True))
-        wrong = []
-        for left, right in zip(names, names[1:], strict=False):
-            if ours[left] > ours[right] or (ours[left] == ours[right] and signs[right] == "<"):
-                wrong.append(f"{left} {ours[left]:.1f}, {right} {ours[right]:.1f}")
-        missing = [name for name in table.order[::2] if name not in ours]
-        verdict = f"fails: {'; '.join(wrong)}" if wrong else "holds"
-        lines.append(f"Order {' '.join(table.order)}: {verdict}{_without(missing)}.")
-    if len(table.metrics) == 1:
-        # Other methods' numbers are copied from other papers, whose protocols differ.
-        judged = [name for name in ours if plans[name].row.method.startswith(JUDGED)]
-        printed = {name: _printed(table, setting, name)[0] for name in judged}
-        printed = {name: value for name, value in printed.items() if value is not None}
-        below = [name for name, value in printed.items() if ours[name] < value - CLOSE]
-        if printed:
-            verdict = f"all but {', '.join(below)}" if below else "all"
-            lines.append(
-                f"Within {CLOSE:.1f} of the paper or above it, of CE-DRW and the rows with NC: "
-                f"{verdict} of the {len(printed)} that were run."
-            )
-    return [*lines, ""] if lines else []
+def _order(
+    table: Table, setting: Setting, plans: Mapping[str, Plan], counted: Mapping[str, Sequence[Found]]
+) -> list[str]:
+    """Whether ours have the paper's order, each two beside each other by the seeds of both, else by all of each."""
+    every = table.order[::2]
+    values = {
+        name: _by_seed(counted.get(name, ()), plans[name].row.head, "accuracy") for name in every if name in plans
+    }
+    names = [name for name in every if values.get(name)]
+    if len(names) < 2:
+        return []
+    wrong = []
+    for left, right in itertools.pairwise(names):
+        shared = values[left].keys() & values[right].keys()
+        first, second = (_mean_of(values[name], shared or values[name]) for name in (left, right))
+        strict = "<" in table.order[table.order.index(left) : table.order.index(right)]
+        if first > second or (first == second and strict and not _printed_alike(table, setting, left, right)):
+            apart = shared and values[left].keys() != values[right].keys()
+            seeds = f" (seed {', '.join(map(str, sorted(shared)))})" if apart else ""
+            wrong.append(f"{left} {first:.1f}, {right} {second:.1f}{seeds}")
+    verdict = f"fails: {'; '.join(wrong)}" if wrong else "holds"
+    return [f"Order {' '.join(table.order)}: {verdict}{_without([name for name in every if name not in names])}.", ""]
+
+
+def _closeness(table: Table, setting: Setting, plans: Mapping[str, Plan], ours: Mapping[str, float]) -> list[str]:
+    """Which means of the paper's own methods come within 1.0 of its numbers.
+
+    Other methods' numbers are copied from other papers, whose protocols differ.
+    """
+    judged = [name for name in ours if plans[name].row.method.startswith(JUDGED)] if len(table.metrics) == 1 else []
+    printed = {name: value for name in judged if (value := _printed(table, setting, name)[0]) is not None}
+    if not printed:
+        return []
+    below = [name for name, value in printed.items() if ours[name] < value - CLOSE - ROUNDING]
+    verdict = f"all but {', '.join(below)}" if below else "all"
+    return [
+        f"Within {CLOSE:.1f} of the paper or above it, of CE-DRW and the rows with NC: "
+        f"{verdict} of the {len(printed)} that were run.",
+        "",
+    ]
+
+
+def _by_seed(found: Sequence[Found], head: str, metric: str) -> dict[int, float]:
+    return {one.seed: value for one in found if (value := one.value(head, metric)) is not None}
+
+
+def _mean_of(values: Mapping[int, float], seeds: Iterable[int]) -> float:
+    return statistics.mean(values[seed] for seed in seeds)
+
+
+def _printed_alike(table: Table, setting: Setting, left: str, right: str) -> bool:
+    """Whether the paper has one number for both, which is not None."""
+    numbers = {_printed(table, setting, name) for name in (left, right)}
+    return len(numbers) == 1 and None not in next(iter(numbers))
 
 
 def _gains(
@@ -235,14 +268,12 @@ def _gains(
     title, lines, gains = table.metrics[metric], [], []
     pairs = [(plain, other) for plain in plans for other in _with_terms(plain) if other in plans]
     for name, other in pairs:
-        plain, with_nc = (
-            {one.seed: one.value(plans[row].row.head, metric) for one in counted[row]} for row in (name, other)
-        )
-        seeds = [seed for seed in plain if None not in (plain[seed], with_nc.get(seed))]
+        plain, with_nc = (_by_seed(counted[row], plans[row].row.head, metric) for row in (name, other))
+        seeds = [seed for seed in plain if seed in with_nc]
         if seeds:
             gain = statistics.mean(with_nc[seed] - plain[seed] for seed in seeds)
             gains.append(gain)
-            before, after = (_printed(table, setting, row)[0] for row in (name, other))
+            before, after = (_printed(table, setting, row)[list(table.metrics).index(metric)] for row in (name, other))
             paper = "" if None in (before, after) else f", in the paper {after - before:+.1f}"
             lines.append(f"NC adds to {name} ({title}): {gain:+.1f} (seed {', '.join(map(str, seeds))}){paper}.")
     if len(gains) > 1:

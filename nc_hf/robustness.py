@@ -44,7 +44,7 @@ class NoisyImages(Dataset):
         images: whose batches are normalized by `transform.mean` and `transform.std`.
         std: standard deviation of the noise; 0 leaves the images as they are.
         scale: `"normalized"`, where the network sees the image; or `"pixels"`, where it lies in [0, 1] before that,
-            which is stronger (4 times on CIFAR). The paper does not say; its accuracies are those of the first, while
+            which is stronger (5 times on CIFAR). The paper does not say; its accuracies are those of the first, while
             the second brings ResNet-32 on CIFAR-10-LT from 81 to 23 percent at 0.1 already.
         seed: of the noise.
 

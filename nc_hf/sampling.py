@@ -133,7 +133,7 @@ class EpochSampler(Sampler):
             return class_weights(self.counts, "effective_number", beta=self.effective_number_beta)
         if self.name == "progressive":
             balanced = min(self.epoch / self.num_epochs, 1.0)
-            return (1 - balanced) / counts.sum() + balanced / ((self.counts > 0).sum() * counts)
+            return (1 - balanced) / self.counts.sum() + balanced / ((self.counts > 0).sum() * counts)
         return 1 / counts
 
 

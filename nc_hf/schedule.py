@@ -28,7 +28,7 @@ def learning_rate_factor(args: NCTrainingArguments, num_epochs: float) -> Callab
 
     def factor(epoch: int) -> float:
         if epoch < warmup:
-            return (epoch + 1) / warmup
+            return min(1.0, (epoch + 1) / warmup)
         if args.lr_cosine:
             return 0.5 * (1 + math.cos(math.pi * epoch / num_epochs))
         return args.lr_decay ** sum(epoch >= milestone for milestone in milestones)

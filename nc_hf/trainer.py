@@ -103,6 +103,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         self.label_names = ["labels"]
         self.label_smoother = None  # label smoothing is part of the task's loss
         self._terms: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
+        self._spoken: dict[str, Tensor] = {}
 
     @property
     def task(self) -> ClassificationTask:
@@ -171,12 +172,13 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The task's loss; its terms are kept for the log."""
         outputs = model(**{**inputs, "pixel_values": self.lay_out(inputs["pixel_values"])})
-        share = 1 / inputs.get("update_batches", 1)
         for name, value in outputs.items():
             if name.startswith("loss_"):
-                value = value.detach()
-                # A term with nothing to say in a batch is left out of its mean.
-                self._terms[name] += torch.stack([value, (value != 0) * share])
+                value, spoken = value.detach(), (value != 0) | self._spoken.pop(name, False)
+                # A term with nothing to say in an update is left out of its mean.
+                self._terms[name] += torch.stack([value, (spoken & self.accelerator.sync_gradients).to(value)])
+                if not self.accelerator.sync_gradients:
+                    self._spoken[name] = spoken
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -271,6 +273,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         if self._trusts_labels:
             check_told_labels(self.train_dataset, labels_of(self.train_dataset, self.label_column), self.data_collator)
         self._terms.clear()  # of an earlier training
+        self._spoken.clear()
         values = super().set_initial_training_values(args, dataloader)
         if args.max_steps > 0:
             args.warn_about_late_epochs(self.num_epochs)

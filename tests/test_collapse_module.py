@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import textwrap
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,9 +21,11 @@ def double(values: list) -> Tensor:
 # ---- NeuralCollapseLoss ----
 
 
-@pytest.mark.parametrize("mode", ["learned", "batch", "ema"])
-def test_degenerate_batches_are_defined(mode):
-    loss = NeuralCollapseLoss(4, 3, centers=mode)
+@pytest.mark.parametrize(
+    ("mode", "scale"), [("learned", "none"), ("batch", "none"), ("ema", "none"), ("batch", "rms"), ("ema", "rms")]
+)
+def test_degenerate_batches_are_defined(mode, scale):
+    loss = NeuralCollapseLoss(4, 3, centers=mode, feature_scale=scale)
     batches = [
         (torch.randn(5, 3), torch.full((5,), 2)),
         (torch.randn(1, 3), torch.tensor([0])),
@@ -33,6 +37,24 @@ def test_degenerate_batches_are_defined(mode):
         sum(terms.values()).backward()
         assert all(value.isfinite() for value in terms.values())
         assert features.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["learned", "batch", "ema"])
+@pytest.mark.parametrize("of_module", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_features", [torch.float32, torch.float64, torch.bfloat16])
+def test_module_and_features_of_any_types(mode, of_module, of_features):
+    torch.manual_seed(0)
+    loss, labels = NeuralCollapseLoss(4, 3, centers=mode), torch.tensor([0, 0, 1, 2, 3, 3])
+    same = copy.deepcopy(loss).double()
+    loss = loss.to(of_module)
+    for _ in range(2):
+        features = torch.randn(6, 3).to(of_features).requires_grad_()
+        terms, expected = loss(features, labels), same(features.detach().double(), labels)
+        sum(terms.values()).backward()
+        assert features.grad.isfinite().all() and features.grad.dtype == of_features
+        tolerance = {"rtol": 0.05, "atol": 0.01} if of_module in (torch.bfloat16, torch.float16) else {"rtol": 1e-4}
+        for name, value in terms.items():
+            np.testing.assert_allclose(value.item(), expected[name].item(), **tolerance)
 
 
 def test_batch_centers_with_one_class_say_nothing_between_classes():

@@ -147,6 +147,19 @@ def test_absent_classes_are_never_predicted():
     assert heads[2].logits(features).argmax(dim=1).unique().tolist() == [2]  # the rarer one gains
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_features_beside_long_means_are_not_of_an_absent_class(dtype):
+    """A constant bias would win: h mu - |mu|^2 / 2 falls below any constant for long means."""
+    means = 800 * nn.functional.normalize(torch.randn(20, 64, generator=torch.Generator().manual_seed(0)))
+    counts = torch.tensor([0, *[5] * 18, 0])
+    weight, bias = (tensor.to(dtype) for tensor in nearest_class_mean(means, counts))
+    predicted = nn.functional.linear((0.2 * means).to(dtype), weight, bias).argmax(dim=1)
+    assert not {0, 19} & set(predicted.tolist())
+    if dtype == torch.float32:
+        expected = 1 + torch.cdist(0.2 * means, means[1:-1]).argmin(dim=1)
+        assert (predicted == expected).all()
+
+
 def test_a_setting_is_chosen_by_the_mean_over_classes():
     """tau = 0 gets every frequent image right, tau = 2 one in ten fewer but all rare ones."""
     features, labels = torch.tensor([[0.6]] * 10 + [[0.4]]), torch.tensor([0] * 10 + [1])

@@ -89,6 +89,12 @@ def test_progressive_goes_from_the_data_to_balance():
         np.testing.assert_allclose(np.bincount(labels[list(stream)]) / len(labels), expected, atol=0.015)
 
 
+def test_progressive_counts_no_class_that_never_occurs():
+    stream = sampler([0] * 6000 + [3] * 2000, "progressive", seed=3)
+    stream.set_epoch(5)
+    assert np.mean(np.array(list(stream)) < 6000) == pytest.approx(0.625, abs=0.015)
+
+
 def test_bilateral_alternates_between_a_shuffle_and_the_reversed_draw():
     labels = np.tile(LABELS, 50)
     indices = np.array(list(sampler(labels, "bilateral")))

@@ -130,6 +130,17 @@ def test_accumulation_equals_one_large_batch(images, tmp_path, settings):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_logged_terms_add_up_to_the_loss_where_a_part_of_an_update_says_nothing(images, tmp_path):
+    """With centers of the batch, two images of two classes have no L_W."""
+    args = arguments(
+        tmp_path, centers="batch", within_weight=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=6
+    )
+    trainer = NCTrainer(network_without_batch_statistics(), args, train_dataset=images)
+    trainer.train()
+    terms = zip(*(logged(trainer, f"loss_{name}") for name in ("supervised", "within", "between")), strict=True)
+    np.testing.assert_allclose([sum(filter(None, values)) for values in terms], logged(trainer, "loss"), atol=1e-5)
+
+
 def test_mixup_mixes_by_a_function_of_seed_and_step(images, tmp_path):
     def run(seed: int) -> list[float]:
         args = arguments(tmp_path, mixup_alpha=0.5, max_steps=4, seed=seed, data_seed=0)
@@ -209,6 +220,11 @@ def test_learning_rates_by_epoch_are_the_papers(golden, tmp_path):
     np.testing.assert_allclose([0.1 * cosine(e) for e in range(90)], schedules["mislas_stage1_cosine"], rtol=1e-7)
     short = learning_rate_factor(args, 20)
     assert [round(short(epoch), 10) for epoch in (0, 1, 15, 16, 17, 18, 19)] == [1, 1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_a_warmup_of_broken_epochs_does_not_pass_the_learning_rate(tmp_path):
+    factor = learning_rate_factor(arguments(tmp_path, lr_milestones=[8], warmup_epochs=2.5), 10)
+    assert [factor(epoch) for epoch in range(4)] == [0.4, 0.8, 1, 1]
 
 
 def test_clipping_leaves_the_centers_alone(images, tmp_path):

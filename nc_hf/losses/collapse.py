@@ -296,7 +296,7 @@ class NeuralCollapseLoss(nn.Module):
         if self.feature_scale == "none":
             return self.within_weight
         squares = gather_with_gradient(features.detach().square().sum(dim=1))
-        return self.within_weight / squares.mean().clamp(min=1e-12)
+        return self.within_weight / (squares.sum() / max(1, len(squares))).clamp(min=1e-12)
 
     def _centers(
         self, features: Tensor, assignments: list[tuple[Tensor, float | Tensor]], batches: int
@@ -315,14 +315,15 @@ class NeuralCollapseLoss(nn.Module):
         if self.training:
             self._update(means.detach(), present, self.momentum ** (1 / batches))
         # The classes are a copy, since the buffer changes in place at the next step.
-        return self.centers, self.centers + (means - means.detach()), self.seen.clone()
+        centers = self.centers.to(means.dtype)  # a module in half precision keeps them so
+        return centers, centers + (means - means.detach()), self.seen.clone()
 
     @torch.no_grad()
     def _update(self, means: Tensor, present: Tensor, momentum: float) -> None:
         present = present & (means.abs().amax(dim=1) < torch.inf)  # one overflow must not stay for good
-        blended = torch.lerp(self.centers, means, 1 - momentum)
-        updated = torch.where(self.seen[:, None], blended, means)
-        self.centers.copy_(torch.where(present[:, None], updated, self.centers))
+        centers = self.centers.to(means.dtype)
+        updated = torch.where(self.seen[:, None], torch.lerp(centers, means, 1 - momentum), means)
+        self.centers.copy_(torch.where(present[:, None], updated, centers))
         self.seen.logical_or_(present)
 
 
