@@ -109,6 +109,11 @@ def has_public_data(recipe: str) -> bool:
     return name in BUILDERS or name.count("/") == 1
 
 
+def is_embedded(recipe: str) -> bool:
+    """Whether the images of a recipe (YAML) come with a library and need no folder."""
+    return (yaml.safe_load(recipe).get("data") or {}).get("dataset") == "digits"
+
+
 def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any]]:
     """The settings of each stage that was run, its schedule in words, and what results say of its training."""
     told = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nc_hf.card_block import escaped
@@ -135,11 +135,13 @@ def geometry_table(results: Mapping[str, Any]) -> dict[str, Any]:
     heads = results.get("geometry", {})
     splits = list(dict.fromkeys(split for measured in heads.values() for split in measured))
     values = [values for measured in heads.values() for values in measured.values()]
-    best = next((f"; at best {found['nc2_best_angle']:.1f}" for found in values if "nc2_best_angle" in found), "")
+    optima = {round(found["nc2_best_angle"], 1) for found in values if "nc2_best_angle" in found}
+    best = f"; at best {optima.pop():.1f}" if len(optima) == 1 else ""
     rows = []
     for key, label in GEOMETRY.items():
         cells = {
-            head: [_number(measured.get(split, {}).get(key)) for split in splits] for head, measured in heads.items()
+            head: [_number(measured.get(split, {}), key, among=optima) for split in splits]
+            for head, measured in heads.items()
         }
         kinds = set(map(tuple, cells.values()))
         if len(kinds) == 1 and kinds != {(NONE,) * len(splits)}:
@@ -149,5 +151,9 @@ def geometry_table(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"columns": splits, "rows": rows}
 
 
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3g}"
+def _number(measured: Mapping[str, float], key: str, among: Collection[float]) -> str:
+    """A quantity of a split; an angle beside the best one of that split, where splits differ by missing classes."""
+    if key not in measured:
+        return NONE
+    best = measured.get("nc2_best_angle") if key == "nc2_min_angle" and len(among) > 1 else None
+    return f"{measured[key]:.3g}" + ("" if best is None else f" of {best:.1f}")

@@ -36,10 +36,16 @@ class CollapseCallback(TrainerCallback):
         dataset: the trainer's training set when None.
 
     Raises:
+        TypeError: for a trainer of another kind.
         ValueError: for `every` below 1.
     """
 
     def __init__(self, trainer: NCTrainer, every: int = 10, dataset: Dataset | None = None) -> None:
+        if not isinstance(trainer, NCTrainer):
+            raise TypeError(
+                f"`CollapseCallback` measures an NCTrainer, got a {type(trainer).__name__}. NCTrainer with "
+                "within_weight=0 and between_weight=0 adds no terms."
+            )
         if every < 1:
             raise ValueError(f"`every` must be at least 1 epoch, got {every}. Leave the callback out to skip it.")
         self.trainer, self.every, self.dataset = trainer, every, dataset

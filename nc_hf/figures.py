@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -27,7 +28,19 @@ LEGEND_WIDTH = 84  # in letters
 MOST_NAMES = 30  # of classes on an axis
 MOST_MATRIX_NAMES = 20  # on both axes of a matrix
 MOST_CELLS = 1000  # on an axis of a matrix, which has about as many pixels
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "nc_hf"}
+# For letters that matplotlib's own font lacks.
+FURTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "Arial Unicode MS"),
+)
+FONTS = ["DejaVu Sans", *(font for font in FURTHER_FONTS if font in font_manager.get_font_names())]
+STYLE = {
+    "font.family": FONTS,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "nc_hf",
+}
 
 
 def save_figure(figure: Figure, path: str | Path, *, svg: bool = False) -> None:
@@ -149,7 +162,7 @@ def angle_figure(
             scale = {"cmap": "viridis", "vmin": low, "vmax": known.max()}
             image = ax.imshow(matrix, extent=extent, interpolation="nearest", **scale)
             smallest = f"smallest {found.min():.1f}°" if len(found) else "no angle is defined"
-            ax.set_title(f"{_plain(name)}\n{smallest}", fontsize=10)
+            ax.set_title(f"{_plain(name, max(24, 52 // len(angles)))}\n{smallest}", fontsize=10)
             ax.spines[:].set_visible(True)
             if names:
                 ax.set_xticks(range(len(names)), names, rotation=90)
@@ -294,7 +307,7 @@ def _look(number: int) -> dict[str, str]:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[(number + rounds) % len(MARKERS)]}
 
 
-def _plain(name: Any) -> str:
-    """A name as matplotlib shows it: one line, no formulas, not too long."""
+def _plain(name: Any, most: int = 24) -> str:
+    """A name as matplotlib shows it: one line, no formulas, of at most so many letters."""
     text = " ".join(str(name).split()).replace("$", r"\$")
-    return text if len(text) <= 24 else f"{text[:23]}…"
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -13,6 +13,7 @@ writes them with the figures to `--output` (`inspect-<name>` here by default).
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from nc_hf.data.images import ImageSet
     from nc_hf.recipe import Recipe
     from nc_hf.trainer import NCTrainer
+
+logger = logging.getLogger(__name__)
 
 QUANTITIES = {
     "nc1_variability": "NC1: within / between variability",
@@ -226,20 +229,26 @@ def draw_figures(folder: Path, results: dict[str, Any], means: dict[str, Tensor]
     Args:
         folder: to write to.
         results: from `inspect_classifier`.
-        means: class means (K, P) by split, zero for a class without images, which no figure then has, and
-            fewer than two classes have none of angles and norms.
+        means: class means (K, P) by split, zero for a class without images. A split that lacks a class of the
+            training images has no panel in angles and norms, whose classes it would change, and a log line says so;
+            fewer than two classes have none of these figures.
     """
     from nc_hf.figures import angle_figure, class_accuracy_figure, norm_figure, save_figure
 
     dataset = results["dataset"]
     counts, bounds = dataset["class_counts"], {name: dataset[name] for name in ("few_below", "many_above")}
     accuracies = {head: metrics["per_class_accuracy"] for head, metrics in results["heads"].items()}
-    panels = {f"{name} images": split_means for name, split_means in means.items()}
-    seen = [n if all(split_means[k].any() for split_means in means.values()) else 0 for k, n in enumerate(counts)]
+    panels = {}
+    for name, split_means in means.items():
+        lacking = sum(count > 0 and not mean.any() for count, mean in zip(counts, split_means, strict=True))
+        if name == "train" or not lacking:
+            panels[f"{name} images"] = split_means
+        else:
+            logger.warning("the %s images lack %d classes: angles and norms are of the training images", name, lacking)
     of_means = {"angles": angle_figure, "norms": norm_figure}
     figures = {"classes": class_accuracy_figure(counts, accuracies, dataset["class_names"], **bounds)}
-    if sum(n > 0 for n in seen) > 1:
-        figures |= {name: draw(panels, seen, dataset["class_names"]) for name, draw in of_means.items()}
+    if sum(count > 0 for count in counts) > 1:
+        figures |= {name: draw(panels, counts, dataset["class_names"]) for name, draw in of_means.items()}
     for name, figure in figures.items():
         save_figure(figure, folder / name, svg=True)
 

@@ -55,6 +55,8 @@ def build_release(
     # All of it is read, and refused where it has to be, before what is there is touched.
     (results, recipe), means = read_run(run), class_means_of(run)
     recipe = _without_paths(recipe)
+    if recipe.data.title:  # which may have been given after the training
+        results["dataset"]["name"] = recipe.data.title
     stage = next((run / name for name in ("stage2", "stage1") if (run / name).is_dir()), None)
     if stage is None:
         raise FileNotFoundError(f"{run} has no stage1 or stage2: it is no folder of a run. Give out/<run>.")

@@ -63,7 +63,8 @@ class EpochSampler(Sampler):
         effective_number_beta: of `"effective_number"`; 0.9999 in the code of LDAM-DRW.
 
     Raises:
-        ValueError: for an unknown name, a label below 0, or `"progressive"` without a number of epochs.
+        ValueError: for an unknown name, labels that are no integers or below 0, no label, or `"progressive"` without a
+            number of epochs.
     """
 
     def __init__(
@@ -81,8 +82,14 @@ class EpochSampler(Sampler):
             raise ValueError(
                 "`sampler: progressive` needs the length of the run: set num_train_epochs, not max_steps."
             )
-        check_not_negative(np.asarray(labels))
-        self.labels = torch.as_tensor(np.asarray(labels), dtype=torch.long)
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"labels must be (N,) integers of at least one image, got {labels.dtype} of shape {labels.shape}. "
+                'Strings become integers by `dataset.class_encode_column("label")`.'
+            )
+        check_not_negative(labels)
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
         self.counts = torch.bincount(self.labels).numpy()
         self.name, self.seed, self.num_epochs = name, seed, num_epochs
         self.with_draws, self.effective_number_beta = with_draws, effective_number_beta

@@ -54,7 +54,12 @@ def card_of(tmp_path_factory):
 
 
 def test_what_others_cannot_run_is_not_said_to_train_again(card_of):
-    assert "trains it again" in card_of("ce_drw")[0]
+    assert (
+        "recipe.yaml --data.data_dir <folder of the images>` in nc_hf's source\ntrains it again"
+        in card_of("ce_drw")[0]
+    )
+    digits = card_of("ce_drw", "--data.dataset", "digits")[0]
+    assert "recipe.yaml` in nc_hf's source\ntrains it again" in digits
     assert "trains it again" not in card_of("ce_drw", "--data.dataset", "birds", "--data.imbalance_ratio", "null")[0]
     assert "trains it again" in card_of("ce_drw", "--data.dataset", "me/birds", "--data.imbalance_ratio", "null")[0]
 

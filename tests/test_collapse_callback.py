@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_images import SmallImages
 from small_runs import network
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from nc_hf import CollapseCallback, NCTrainer, NCTrainingArguments
 from nc_hf.evaluation import geometry_of
@@ -66,3 +66,9 @@ def test_measuring_changes_nothing(measured, tmp_path):
 def test_an_interval_of_no_epochs_is_refused(measured):
     with pytest.raises(ValueError, match="`every` must be at least 1 epoch, got 0"):
         CollapseCallback(measured, every=0)
+
+
+def test_a_stock_trainer_is_refused_at_once(tmp_path):
+    trainer = Trainer(torch.nn.Linear(2, 2), TrainingArguments(str(tmp_path), report_to="none"))
+    with pytest.raises(TypeError, match="measures an NCTrainer, got a Trainer"):
+        CollapseCallback(trainer)

@@ -260,3 +260,8 @@ def test_rows_without_an_image_are_nothing_to_compare(caplog: pytest.LogCaptureF
     split = Dataset.from_dict({"image": rows, "label": [0, 1]}, features=features)
     load_splits(DatasetDict(train=split, test=split))
     assert "1 of 2 test images are also training images" in caplog.text
+
+
+def test_a_folder_for_the_embedded_digits_is_not_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the digits come with scikit-learn and are in no folder"):
+        load_splits("digits", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))

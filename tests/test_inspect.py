@@ -214,17 +214,18 @@ def test_networks_of_other_objectives_are_measured_as_they_are(kind, tmp_path):
     assert means["train"].shape == (10, find_head(model)[1].weight.shape[1])
 
 
-def test_a_class_without_test_images_is_in_no_figure(inspected, tmp_path, monkeypatch):
+def test_a_split_that_lacks_a_class_has_no_panel(inspected, tmp_path, monkeypatch, caplog):
+    """Its angles would be others than those of the table, of fewer classes."""
     results, means = inspected
     means = {"train": means["train"], "test": means["test"].clone()}
     means["test"][3] = 0
     shown = []
     for figure in ("angle_figure", "norm_figure"):
-        monkeypatch.setattr(f"nc_hf.figures.{figure}", lambda panels, counts, names: shown.append(counts))
+        monkeypatch.setattr(f"nc_hf.figures.{figure}", lambda panels, counts, names: shown.append([*panels, counts]))
     monkeypatch.setattr("nc_hf.figures.save_figure", lambda *_, **__: None)
     draw_figures(tmp_path, results, means)
-    expected = [0 if k == 3 else n for k, n in enumerate(results["dataset"]["class_counts"])]
-    assert shown == [expected, expected]
+    assert shown == 2 * [["train images", results["dataset"]["class_counts"]]]
+    assert "the test images lack 1 classes" in caplog.text
 
 
 @pytest.mark.parametrize(("capabilities", "precision"), [({}, "fp32"), ({"amx_bf16": True}, "bf16")])

@@ -75,8 +75,8 @@ def test_pareto_follows_the_quantiles() -> None:
     assert (np.diff(counts) <= 0).all()
 
 
-@pytest.mark.parametrize("ratio", [0, 0.5, -3, float("nan"), float("inf")])
-def test_ratio_below_one_is_refused(ratio: float) -> None:
+@pytest.mark.parametrize("ratio", [0, 0.5, -3, float("nan"), float("inf"), None, "10"])
+def test_ratio_that_is_no_number_of_at_least_one_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         long_tailed_counts([10, 10], ratio)
 

@@ -220,16 +220,6 @@ def test_columns_without_a_figure_are_left_out(folder):
     assert "| | all | many | medium | ECE |" in model_card(folder, "user/name")
 
 
-def test_the_geometry_that_heads_share_is_shown_once(folder):
-    shared = results()["geometry"]["base"]["train"]
-    geometry = {head: {"train": shared | {"nc3_duality_gap": gap}} for head, gap in (("base", 0.25), ("crt", 0.5))}
-    write_results(folder / "results.json", results(geometry=geometry))
-    card = model_card(folder, "user/name")
-    assert card.count("| NC1,") == card.count("| NC4,") == 1 and card.count("| NC2,") == 2
-    assert "| NC3, distance of head and class means, `base` | 0.25 |" in card
-    assert "| NC3, distance of head and class means, `crt` | 0.5 |" in card
-
-
 def test_what_our_builders_say_of_the_data_becomes_sentences(folder):
     digest = 16 * "37ab"
     said = (

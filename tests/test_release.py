@@ -146,6 +146,14 @@ def test_results_of_another_data_set_leave_no_evaluation(without_pictures, tmp_p
     assert not (build_release(run) / ".eval_results").exists()
 
 
+def test_a_title_given_after_the_training_is_on_the_card(without_pictures, tmp_path):
+    run = finished_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe(run / "recipe.yaml", ["--data.title", "Ten things"])))
+    folder = build_release(run)
+    assert json.loads((folder / "results.json").read_text())["dataset"]["name"] == "Ten things"
+    assert "Ten things" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [

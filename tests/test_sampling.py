@@ -150,3 +150,9 @@ def test_draw_numbers_never_repeat():
 def test_what_cannot_be_drawn_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
         EpochSampler(LABELS, name, seed=0)
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], [], [[0, 1]], [0.0, 1.0]])
+def test_labels_that_are_no_integers_are_refused(labels):
+    with pytest.raises(ValueError, match=r"labels must be \(N,\) integers of at least one image"):
+        EpochSampler(labels, "class_balanced", seed=0)

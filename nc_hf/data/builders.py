@@ -245,6 +245,19 @@ class Digits(LongTailBuilder):
     DEFAULT_CONFIG_NAME = "r20"
     benchmark = Benchmark("digits", "", tuple(str(digit) for digit in range(10)), {"train": 1297, "test": 500})
 
+    def __init__(self, *arguments: Any, data_dir: str | None = None, **kwargs: Any) -> None:
+        """As any builder.
+
+        Raises:
+            ValueError: for a folder, which would be passed over.
+        """
+        if data_dir is not None:
+            raise ValueError(
+                f"the digits come with scikit-learn and are in no folder, got data_dir={data_dir!r}. Leave it out, or "
+                'name the data set that lies there: "imagefolder" for photographs of your own.'
+            )
+        super().__init__(*arguments, **kwargs)
+
     def source(self) -> dict[str, Dataset]:
         """All images, by split."""
         from sklearn.datasets import load_digits

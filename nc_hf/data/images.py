@@ -278,7 +278,7 @@ def load_images(
     if input_path == "auto":
         chosen = "resident" if transform.is_batched and needed <= room else "streamed"
     logger.info(
-        "input path %s (%s): %d images, %.0f MB decoded of %.0f MB allowed, augmentation %s%s",
+        "input path %s (%s): %d images, %.0f MB decoded of %.0f MB allowed, augmentation in training %s%s",
         chosen,
         "chosen by size and augmentation" if input_path == "auto" else "as asked for",
         len(dataset),

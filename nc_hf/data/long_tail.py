@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -45,9 +46,10 @@ def long_tailed_counts(
     Raises:
         ValueError: for a ratio below 1 or not finite, or an unknown profile.
     """
-    if not (math.isfinite(imbalance_ratio) and imbalance_ratio >= 1):
+    if not isinstance(imbalance_ratio, Real) or not (math.isfinite(imbalance_ratio) and imbalance_ratio >= 1):
         raise ValueError(
-            f"`imbalance_ratio` is the largest class over the smallest and must be at least 1, got {imbalance_ratio}."
+            "`imbalance_ratio` is the largest class over the smallest and must be a number of at least 1, got "
+            f"{imbalance_ratio!r}."
         )
     sizes = np.asarray(class_sizes, dtype=np.int64)
     num_classes, largest = len(sizes), int(sizes.max(initial=0))
