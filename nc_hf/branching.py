@@ -12,7 +12,7 @@ from nc_hf.recipe_sections import defaults_of
 from nc_hf.training_args import resolve_epoch
 
 REWEIGHTING = ("class_weighting", "drw_epoch")  # a sampler uses beta of the effective number, too
-COLLAPSE = (
+COLLAPSE = (  # all that the terms have to be told
     "within_weight", "between_weight", "start_epoch", "centers", "centers_learning_rate", "centers_momentum",
     "center_init", "between_objective", "within_reduction", "feature_scale", "within_counts", "replicate_leak",
     "mixup_rule",

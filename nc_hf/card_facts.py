@@ -14,6 +14,7 @@ import yaml
 from safetensors import safe_open
 
 from nc_hf.card_block import escaped
+from nc_hf.data.folders import FILE_FORMATS
 from nc_hf.data.provenance import PROVENANCE
 from nc_hf.data.splits import BUILDERS
 from nc_hf.metrics.long_tail_accuracy import FEW_BELOW, MANY_ABOVE, frequency_groups
@@ -33,13 +34,16 @@ HASHED = {"pixels": "pixels", "list": "paths and labels"}
 def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     """Name, title and sizes of the data set, and how it was drawn; what is not known is absent or None."""
     facts = dict(results["dataset"])
+    if facts.get("name") in FILE_FORMATS:  # which says nothing of the images
+        facts["name"] = None
     known, counts = PROVENANCE.get(facts.get("name")), facts.get("class_counts")
     facts["source"] = known.title if known else escaped(facts["name"]) if facts.get("name") else None
     facts["name"] = facts.get("name") or "own images"
     drawn = f"-LT, imbalance ratio {facts['imbalance_ratio']:g}" if facts.get("imbalance_ratio") else ""
     facts["title"] = (facts["source"] or facts["name"]) + drawn
     facts["plain_title"] = (known.title if known else facts["name"]) + drawn  # for YAML, which escapes in its own way
-    facts |= {"hub_id": known.hub_id if known else None, "license": known.license if known else None}
+    hub_id = known.hub_id if known else facts["name"] if facts["name"].count("/") == 1 else None
+    facts |= {"hub_id": hub_id, "license": known.license if known else None}
     facts |= {"known": known is not None, "classes": len(facts["class_names"])}
     if found := DESCRIPTION.fullmatch(facts.get("description") or ""):
         facts |= found.groupdict() | {"hashed": HASHED.get(found["what"], found["what"]), "description": None}
@@ -57,6 +61,9 @@ def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
     if counts is None:
         return facts
     facts |= {"images": sum(counts), "largest": max(counts), "smallest": min(counts)}
+    ratio, asked = facts["largest"] / max(1, facts["smallest"]), facts.get("imbalance_ratio")
+    if asked and ratio > 1.25 * asked:
+        facts["larger_ratio"] = f"{ratio:.3g}"
     accuracies = next((m["per_class_accuracy"] for m in heads if "per_class_accuracy" in m), counts)
     of_each = list(zip(facts["class_names"], counts, accuracies, strict=True))
     facts["untested"] = [escaped(name) for name, n, accuracy in of_each if n > 0 and accuracy is None]
@@ -109,9 +116,10 @@ def has_public_data(recipe: str) -> bool:
     return name in BUILDERS or name.count("/") == 1
 
 
-def is_embedded(recipe: str) -> bool:
-    """Whether the images of a recipe (YAML) come with a library and need no folder."""
-    return (yaml.safe_load(recipe).get("data") or {}).get("dataset") == "digits"
+def needs_folder(recipe: str) -> bool:
+    """Whether the images of a recipe (YAML) lie in a folder: those of a benchmark, but for the embedded digits."""
+    name = (yaml.safe_load(recipe).get("data") or {}).get("dataset")
+    return name in BUILDERS and name != "digits"
 
 
 def stages(results: Mapping[str, Any], recipe: str | None) -> list[dict[str, Any]]:
@@ -147,8 +155,9 @@ def further_seeds(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _schedule(stage: Mapping[str, Any], epochs: int) -> str:
     """How the learning rate changes, such as `times 0.1 after 160 and 180 epochs, warm-up over 5 epochs`."""
     if stage["lr_milestones"]:
-        milestones = " and ".join(f"{resolve_epoch(value, epochs):g}" for value in stage["lr_milestones"])
-        schedule = f"times {stage['lr_decay']:g} after {milestones} epochs"
+        milestones = [f"{resolve_epoch(value, epochs):g}" for value in stage["lr_milestones"]]
+        unit = "epoch" if milestones == ["1"] else "epochs"
+        schedule = f"times {stage['lr_decay']:g} after {' and '.join(milestones)} {unit}"
     else:
         schedule = "by half a cosine" if stage["lr_cosine"] else f"{stage['lr_scheduler_type']} schedule"
     warmup = resolve_epoch(stage["warmup_epochs"], epochs)

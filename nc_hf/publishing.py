@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,11 @@ UPLOADED = (
     *(*HUB_FILES, "results.json", "twin.json", "[!.]*.md"),
     *("figures/*.png", "figures/*.svg", "seeds/*.json"),
     ".eval_results/*.yaml",  # where the Hub looks for results
+)
+# What a release draws and writes from results: of an earlier model once the folder has none of that name.
+OF_RESULTS = (
+    *("twin.json", "seeds/*.json", ".eval_results/*.yaml"),
+    *(f"figures/{name}.{kind}" for name in ("classes", "angles", "norms", "collapse") for kind in ("png", "svg")),
 )
 TEMPORARY = (408, 429, 500, 502, 503, 504)
 WAITS = (1, 4, 16)  # seconds before the second, third and last try
@@ -190,9 +196,11 @@ def _commit(
     info = retried(lambda: api.repo_info(repo_id, revision=revision))
     head = info.sha
     readme = _merged_readme(api, card, repo_id, head) if card else None
-    gone = [
-        CommitOperationDelete(name) for name in stale_files([file.rfilename for file in info.siblings or []], folder)
-    ]
+    there = [file.rfilename for file in info.siblings or []]
+    stale = stale_files(there, folder)
+    if (folder / "results.json").is_file():
+        stale += [name for name in _of_results(there) if not (folder / name).exists()]
+    gone = [CommitOperationDelete(name) for name in stale]
     return retried(
         lambda: api.create_commit(
             repo_id,
@@ -203,6 +211,10 @@ def _commit(
             parent_commit=head,
         )
     )
+
+
+def _of_results(names: list[str]) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in OF_RESULTS)]
 
 
 def _operations(folder: Path, readme: str | None) -> Iterator[CommitOperationAdd]:

@@ -8,15 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from torch import Tensor
 
+from nc_hf.branching import COLLAPSE
 from nc_hf.data.provenance import PROVENANCE
+from nc_hf.data.splits import BUILDERS
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 from nc_hf.finished_run import class_means_of, read_run
 from nc_hf.model_card import RELEASE_FOLDER, write_card
 from nc_hf.recipe import Recipe, dump_recipe, recipe_digest
+from nc_hf.recipe_sections import defaults_of
 from nc_hf.results import read_results, write_results
 
 PATHS = ("/", "~", "./", "../", "local-dir:")
@@ -47,8 +51,8 @@ def build_release(
 
     Raises:
         FileNotFoundError: for a run, twin or seed that is not finished.
-        ValueError: for a figure that is not finite, a twin of other data or another network, or seeds that are of
-            another recipe or were given twice.
+        ValueError: for a figure that is not finite, a twin that differs in more than the collapse terms or has them,
+            or seeds that are of another recipe or were given twice.
     """
     run = Path(run)
     folder = run / RELEASE_FOLDER if folder is None else Path(folder)
@@ -79,13 +83,16 @@ def build_release(
 
 
 def _results_of_twin(run: Path, recipe: Recipe, twin: Path) -> dict[str, Any]:
-    """Results of a run that may differ from this one in its stages alone."""
+    """Results of a run whose stage one differs from this one's in the collapse terms alone, which it lacks."""
     found, theirs = read_run(twin)
     theirs = _without_paths(theirs)
-    alike = {name: getattr(recipe, name) for name in ("seed", "stage1", "stage2")}
-    if recipe_digest(dataclasses.replace(theirs, **alike)) != recipe_digest(recipe):
-        differing = [name for name in ("model", "data") if getattr(theirs, name) != getattr(recipe, name)]
+    ours, plain = (defaults_of("stage1") | (one.stage1 or {}) for one in (recipe, theirs))
+    differing = [name for name in ("model", "data", "seed") if getattr(theirs, name) != getattr(recipe, name)]
+    differing += [name for name in ours if name not in (*COLLAPSE, "precision") and ours[name] != plain.get(name)]
+    if differing:
         raise ValueError(f"{twin} is no twin of {run}: their {' and '.join(differing)} differ. Give one of the same.")
+    if plain["within_weight"] or plain["between_weight"]:
+        raise ValueError(f"{twin} is no twin of {run}: it was trained with collapse terms. Give a run without them.")
     return found
 
 
@@ -178,6 +185,12 @@ def _public(value: Any) -> Any:
 
 
 def public_name(source: str) -> str:
-    """What may be published of the name of a model or data set: of a folder, the last part of its path."""
+    """What may be published of the name of a model or data set: of a folder, the last part of its path.
+
+    A folder with the name of a benchmark or an architecture is said to be a folder, since it need not be that one.
+    """
     path = Path(source.removeprefix("local-dir:"))
-    return path.expanduser().resolve().name if source.startswith(PATHS) or path.is_dir() else source
+    if not (source.startswith(PATHS) or path.is_dir()):
+        return source
+    name = path.expanduser().resolve().name
+    return f"{name} (a folder)" if name in PROVENANCE or name in BUILDERS or timm.is_model(name) else name

@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from nc_hf.checkpoints import newest_complete
 from nc_hf.collapse_callback import CollapseCallback
 from nc_hf.data.images import ImageSet
+from nc_hf.data.splits import preset_ratio
 from nc_hf.evaluation import evaluate_classifier, geometry_of
 from nc_hf.head_trainer import HeadTrainer
 from nc_hf.hub import load_heads
@@ -156,7 +157,8 @@ def start_results(recipe: Recipe, images: dict[str, ImageSet], digest: str, head
     """What results.json says before any stage is done."""
     data, train = recipe.data, images["train"]
     name = data.title or public_name(data.dataset)
-    dataset = {"name": name, "imbalance_ratio": data.imbalance_ratio, "profile": data.profile}
+    ratio = data.imbalance_ratio or preset_ratio(data.dataset, data.config_name)
+    dataset = {"name": name, "imbalance_ratio": ratio, "profile": data.profile}
     dataset |= {"description": train.description, **recipe.evaluation.bounds}
     # Figures on other images than the whole training and test set are not the paper's.
     dataset |= {name: value for name in ("test_split", "validation_fraction") if (value := getattr(data, name))}

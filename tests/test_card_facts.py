@@ -11,6 +11,7 @@ from nc_hf.card_block import END, marked, merge_cards
 from nc_hf.card_citations import citations
 from nc_hf.card_facts import dataset_facts, origin, stages
 from nc_hf.card_tables import accuracy_table
+from nc_hf.data.splits import preset_ratio
 from nc_hf.hub import save_pretrained
 from nc_hf.model_card import write_card
 from nc_hf.models.classifier import load_classifier
@@ -61,7 +62,8 @@ def test_what_others_cannot_run_is_not_said_to_train_again(card_of):
     digits = card_of("ce_drw", "--data.dataset", "digits")[0]
     assert "recipe.yaml` in nc_hf's source\ntrains it again" in digits
     assert "trains it again" not in card_of("ce_drw", "--data.dataset", "birds", "--data.imbalance_ratio", "null")[0]
-    assert "trains it again" in card_of("ce_drw", "--data.dataset", "me/birds", "--data.imbalance_ratio", "null")[0]
+    on_hub = card_of("ce_drw", "--data.dataset", "me/birds", "--data.imbalance_ratio", "null")[0]
+    assert "recipe.yaml` in nc_hf's source\ntrains it again" in on_hub
 
 
 @pytest.mark.parametrize("name", ["me/model@v1", "hf-hub:me/model", "hf-hub:me/model@refs/pr/1"])
@@ -97,6 +99,24 @@ def test_the_checksum_of_a_users_files_is_not_shown():
     own = results()["dataset"] | {"description": f"sha256 of names {'1' * 64}"}
     facts = dataset_facts(results(dataset=own))
     assert facts["sha256"] is facts["description"] is None
+
+
+def test_a_tail_that_is_longer_than_asked_for_is_said_so():
+    own = results()["dataset"] | {"name": "my photos", "imbalance_ratio": 10, "class_counts": [790, 21]}
+    assert dataset_facts(results(dataset=own))["larger_ratio"] == "37.6"
+    assert "larger_ratio" not in dataset_facts(results(dataset=own | {"class_counts": [210, 20]}))
+
+
+def test_a_file_format_is_no_name_of_images():
+    facts = dataset_facts(results(dataset=results()["dataset"] | {"name": "imagefolder"}))
+    assert (facts["name"], facts["source"], facts["hub_id"]) == ("own images", None, None)
+    assert dataset_facts(results(dataset=results()["dataset"] | {"name": "me/birds"}))["hub_id"] == "me/birds"
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("r100", 100), ("balanced", None), (None, None)])
+def test_the_ratio_of_a_preset_is_known(name, ratio):
+    assert preset_ratio("cifar10", name) == ratio
+    assert preset_ratio("me/birds", name) is None
 
 
 def test_classes_without_a_test_image_are_named(card_of, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets
 from small_images import png
 
 from nc_hf.data import splits as splits_module
@@ -252,6 +252,19 @@ def test_training_images_in_the_test_split_are_counted(tmp_path: Path, caplog: p
             (folder / f"{split}{i}.png").write_bytes(png(number))
     load_splits("imagefolder", data_dir=str(tmp_path / "tree"), cache_dir=str(tmp_path / "cache"))
     assert "1 of 3 test images are also training images" in caplog.text
+
+
+def test_repeated_images_are_met_in_a_validation_split_that_is_held_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Each image twice: most of those held out are trained on too."""
+    twice = labelled(10 * [0], first=0)
+    train = concatenate_datasets([twice, twice])
+    splits = load_splits(DatasetDict(train=train), validation_fraction=0.3)
+    assert f"of {len(splits['validation'])} validation images are also training images" in caplog.text
+    caplog.clear()
+    three = [labelled(3 * [0], first=number) for number in (0, 20, 20)]
+    load_splits(DatasetDict(zip(("train", "validation", "test"), three, strict=True)))
+    assert "3 of 3 test images are also validation images" in caplog.text
+    assert "training images" not in caplog.text
 
 
 def test_rows_without_an_image_are_nothing_to_compare(caplog: pytest.LogCaptureFixture) -> None:

@@ -102,6 +102,8 @@ def test_image_settings():
     assert image_settings(vit, clip)["size"] == (224, 224) and image_settings(vit, clip)["crop_pct"] == 0.875
     with pytest.raises(ValueError, match="its image processor is NoneType"):
         image_settings(vit)
+    with pytest.raises(ValueError, match=r"ViTImageProcessor resizes with resample=4, and .* 3 \(bicubic\)"):
+        image_settings(vit, ViTImageProcessor(size={"height": 48, "width": 48}, resample=4))
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,8 @@ def test_module_computes_in_batches(tmp_path: Path) -> None:
     for part in np.array_split(np.arange(len(labels)), 4):
         metric.add_batch(predictions=torch.tensor(logits.argmax(1)[part]), references=torch.tensor(labels[part]))
     assert metric.compute() == expected
+    with pytest.raises(ValueError, match="scores that are not finite"):
+        metric.compute(predictions=np.full_like(logits, np.nan), references=labels)
 
 
 def test_modules_combine_on_logits(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def finished_run(folder: Path, *, seed: int = 0, method: str = "NC-DRW", accurac
         heads = heads | {head: model.fc.state_dict()}
         means = torch.randn(10, 64)
         save_pretrained(model, folder / stage, heads=heads, active_head=head, class_means=means, class_counts=COUNTS)
-    recipe = load_recipe(ROOT / "recipes/cifar10_lt/nc_drw_crt.yaml", ["--data.data_dir", "/home/me/images"])
+    name = "ce_drw_crt" if method == "CE-DRW" else "nc_drw_crt"
+    recipe = load_recipe(ROOT / f"recipes/cifar10_lt/{name}.yaml", ["--data.data_dir", "/home/me/images"])
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     metrics = {
         "accuracy": accuracy,
@@ -164,6 +165,8 @@ def test_a_title_given_after_the_training_is_on_the_card(without_pictures, tmp_p
         ("user/name", "user/name"),
         ("hf-hub:user/name", "hf-hub:user/name"),
         ("resnet50.a1_in1k", "resnet50.a1_in1k"),
+        ("/home/me/resnet50", "resnet50 (a folder)"),
+        ("/home/me/digits", "digits (a folder)"),
     ],
 )
 def test_of_a_folder_the_last_part_is_told(source, name, tmp_path, monkeypatch):
@@ -227,11 +230,20 @@ def test_the_release_of_a_run_can_be_its_twin(without_pictures, tmp_path):
     assert json.loads((folder / "twin.json").read_text())["methods"]["base"] == "CE-DRW"
 
 
-@pytest.mark.parametrize(("setting", "value"), [("data.imbalance_ratio", "10"), ("model.name", "resnet20_cifar")])
-def test_a_run_of_other_data_or_another_network_is_no_twin(without_pictures, tmp_path, setting, value):
-    run, other = finished_run(tmp_path / "run"), finished_run(tmp_path / "other")
+@pytest.mark.parametrize(
+    ("setting", "value", "differing"),
+    [
+        ("data.imbalance_ratio", "10", "their data differ"),
+        ("model.name", "resnet20_cifar", "their model differ"),
+        ("seed", "1", "their seed differ"),
+        ("stage1.learning_rate", "9", "their learning_rate differ"),
+        ("stage1.between_weight", "5", "it was trained with collapse terms"),
+    ],
+)
+def test_a_run_that_differs_in_more_than_the_terms_is_no_twin(without_pictures, tmp_path, setting, value, differing):
+    run, other = finished_run(tmp_path / "run"), finished_run(tmp_path / "other", method="CE-DRW")
     (other / "recipe.yaml").write_text(dump_recipe(load_recipe(other / "recipe.yaml", [f"--{setting}", value])))
-    with pytest.raises(ValueError, match=f"is no twin of .*: their {setting.partition('.')[0]} differ"):
+    with pytest.raises(ValueError, match=f"is no twin of .*: {differing}"):
         build_release(run, twin=other)
 
 

@@ -79,6 +79,13 @@ def test_idx_files(tmp_path: Path) -> None:
     splits = folder_source(benchmark, tmp_path)
     assert np.array_equal(decoded(splits["train"])[..., 0], gray[:6])
     assert splits["test"]["label"][:] == labels[6:].tolist()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.gz").write_bytes((tmp_path / "a.gz").read_bytes())
+    assert np.array_equal(decoded(folder_source(benchmark, tmp_path)["train"])[..., 0], gray[:6])  # a copy
+    header = bytes([0, 0, 8, 3]) + struct.pack(">3I", *gray[:6].shape)
+    (tmp_path / "other" / "a.gz").write_bytes(gzip.compress(header + (255 - gray[:6]).tobytes()))
+    with pytest.raises(ValueError, match="could both be the train split of small gray: MNIST's files"):
+        folder_source(benchmark, tmp_path)
 
 
 def test_parquet_shards_under_any_name(tmp_path: Path) -> None:

@@ -226,3 +226,30 @@ def test_trained_classes_that_a_split_lacks_are_named(caplog: pytest.LogCaptureF
     assert (
         "none in validation: 'bee'. " in caplog.text and "Classes of fewer than 5 images give it none." in caplog.text
     )
+
+
+@pytest.mark.parametrize("label_column", [None, "label"])
+def test_splits_in_capitals_are_refused_whatever_column_is_named(label_column: str | None, tmp_path: Path) -> None:
+    """`datasets` would take both folders for the one split to train on."""
+    for split in ("Train", "Test"):
+        class_folders(tmp_path / "photos" / split)
+    with pytest.raises(ValueError, match="Rename Test, Train to test, train"):
+        load_splits(
+            "imagefolder",
+            data_dir=str(tmp_path / "photos"),
+            label_column=label_column,
+            validation_fraction=0.5,
+            cache_dir=str(tmp_path / "cache"),
+        )
+
+
+def test_a_metadata_file_that_hides_the_class_folders_is_named(tmp_path: Path) -> None:
+    class_folders(tmp_path / "photos")
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\nant/1.png,one\nbee/1.png,two\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv the folders are no classes for `datasets`: give it a column"):
+        load_splits(
+            "imagefolder",
+            data_dir=str(tmp_path / "photos"),
+            validation_fraction=0.5,
+            cache_dir=str(tmp_path / "cache"),
+        )

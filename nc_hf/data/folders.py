@@ -46,12 +46,13 @@ def check_data_dir(dataset: str, data_dir: str | None) -> None:
         raise FileNotFoundError(f"`data_dir` is {data_dir!r}, and there is no such folder. Correct the path.")
 
 
-def check_folder_classes(found: DatasetDict, data_dir: str) -> None:
+def check_folder_classes(found: DatasetDict, data_dir: str, label_column: str | None = None) -> None:
     """Refuse an imagefolder whose images have no labels or whose splits are spelled otherwise; warn of files left out.
 
     Args:
         found: its splits.
         data_dir: the folder.
+        label_column: where a user named it, it is looked for elsewhere.
 
     Raises:
         ValueError: when a split has no column of labels, the message names an image that lies beside class folders;
@@ -65,11 +66,17 @@ def check_folder_classes(found: DatasetDict, data_dir: str) -> None:
             f"all of them would be trained on. Rename {', '.join(odd)} to {', '.join(map(str.lower, odd))}."
         )
     _warn_of_files(folder, found)
+    if label_column is not None:
+        return
     unlabelled = [name for name, split in found.items() if not label_candidates(split)]
     if not unlabelled:
         return
     stray = next(_stray_images(folder), None)
     hint = "" if stray is None else f" {stray} lies beside the class folders: move it into one, or remove it."
+    if metadata := next((path for path in _shown_files(folder) if path.stem == "metadata"), None):
+        hint += (
+            f" Beside {metadata} the folders are no classes for `datasets`: give it a column label, or move it away."
+        )
     if any(name.lower() in SPLIT_FOLDERS for name in places):
         hint += (
             f" Of the folders {', '.join(places)}, those with names such as train, test or val are taken for splits. "

@@ -208,7 +208,7 @@ def _from_binary_cifar(benchmark: Benchmark, data_dir: Path) -> dict[str, Datase
 
 def _from_idx(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
     """Splits from pairs of gzipped IDX files (the format of MNIST)."""
-    images, labels = {}, {}
+    images, labels, found = {}, {}, {}
     for path in sorted(data_dir.rglob("*.gz")):
         with gzip.open(path) as stream:
             content = stream.read(3)
@@ -219,6 +219,13 @@ def _from_idx(benchmark: Benchmark, data_dir: Path) -> dict[str, Dataset]:
         array = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
         split = next((name for name, count in benchmark.rows.items() if count == shape[0]), None)
         if split is not None:
-            (images if array.ndim == 3 else labels)[split] = array
+            of_kind = images if array.ndim == 3 else labels
+            other = found.setdefault((split, array.ndim), path)
+            if other != path and not np.array_equal(of_kind[split], array):
+                raise ValueError(
+                    f"{other} and {path} could both be the {split} split of {benchmark.name}: MNIST's files are of "
+                    "the same form. Give the folder of one of them as data_dir."
+                )
+            of_kind[split] = array
     names = list(benchmark.class_names)
     return {s: make_dataset(encode_images(iter(images[s])), labels[s], names) for s in images if s in labels}

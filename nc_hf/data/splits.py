@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -81,8 +82,8 @@ def load_splits(
         imbalance_ratio = None  # done
     else:
         found = _load_any(dataset, data_dir, config_name, cache_dir)
-        if dataset == "imagefolder" and label_column is None:
-            check_folder_classes(found, data_dir)
+        if dataset == "imagefolder":
+            check_folder_classes(found, data_dir, label_column)
         if data_dir is not None:
             base = Path(data_dir).expanduser()
             found = DatasetDict({name: _paths_from(base, split, image_column) for name, split in found.items()})
@@ -96,7 +97,6 @@ def load_splits(
         checksum = f"sha256 of names {_names_checksum(splits['train'])}"
         splits["train"].info.description = "; ".join(filter(None, [told, checksum]))
     _check_classes(splits)
-    _warn_of_overlap(splits)
     if imbalance_ratio is not None:
         splits["train"] = make_long_tailed(splits["train"], imbalance_ratio, profile, seed)
     held_out = bool(validation_fraction) and "validation" not in splits
@@ -110,8 +110,15 @@ def load_splits(
             )
     elif validation_fraction:
         logger.info("the data set has a validation split of its own; validation_fraction is not used")
+    _warn_of_overlap(splits)
     warn_of_unseen_classes(splits, held_out)
     return DatasetDict(splits)
+
+
+def preset_ratio(name: str, config_name: str | None) -> float | None:
+    """The imbalance ratio of a benchmark's preset, such as 100 of `r100`; None of other data and of all images."""
+    presets = BUILDERS[name].BUILDER_CONFIGS if name in BUILDERS else []
+    return next((config.imbalance_ratio for config in presets if config.name == config_name), None)
 
 
 def _build(
@@ -272,7 +279,7 @@ def _names_checksum(dataset: Dataset) -> str:
 
 
 def _warn_of_overlap(splits: dict[str, Dataset]) -> None:
-    """Warn of images to evaluate on that are also in train: the same bytes, whatever their files are called."""
+    """Warn of images in two splits: the same bytes, whatever their files are called."""
     if len(splits) < 2:
         return
     size, number = sum(split.data.nbytes for split in splits.values()), sum(map(len, splits.values()))
@@ -280,14 +287,10 @@ def _warn_of_overlap(splits: dict[str, Dataset]) -> None:
         logger.info("not looked for training images among the others: %d images, %.1f GB", number, size / 1e9)
         return
     columns = {name: _contents(split) for name, split in splits.items()}
-    for name, values in columns.items():
-        if name != "train" and (count := pc.sum(pc.is_in(values, columns["train"], skip_nulls=True)).as_py()):
-            logger.warning(
-                "%d of %d %s images are also training images; accuracies on them mean little.",
-                count,
-                len(values),
-                name,
-            )
+    kinds = {"train": "training images; accuracies on them mean little", "validation": "validation images"}
+    for seen, name in itertools.combinations(sorted(columns, key=["train", "validation", "test"].index), 2):
+        if count := pc.sum(pc.is_in(columns[name], columns[seen], skip_nulls=True)).as_py():
+            logger.warning("%d of %d %s images are also %s.", count, len(columns[name]), name, kinds[seen])
 
 
 def _contents(split: Dataset) -> pa.Array:

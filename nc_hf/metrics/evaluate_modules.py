@@ -33,7 +33,7 @@ class LongTailAccuracy(evaluate.Metric):
         **kwargs: those of `evaluate.Metric`, such as `num_process`, `process_id` and `experiment_id`.
 
     Raises:
-        ValueError: when a class could be both few and many.
+        ValueError: when a class could be both few and many; by `compute`, for scores that are not finite.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class LongTailAccuracy(evaluate.Metric):
 
     def _compute(self, *, predictions: list, references: list) -> dict[str, Any]:
         predictions = np.asarray(predictions)
+        if not np.isfinite(predictions).all():
+            raise ValueError("there are scores that are not finite. Check that training did not diverge.")
         predictions = predictions if predictions.ndim == 1 else predictions.argmax(axis=1)
         return long_tail_accuracy(predictions, references, self.class_counts, **self.thresholds)
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from nc_hf.data.augment import ImageTransform
 
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # by PIL's numbers
+
 
 def image_settings(model: nn.Module, image_processor: Any = None) -> dict[str, Any]:
     """Settings of a model's images, as `ImageTransform` takes them: from size (H, W) and mean to crop_mode.
@@ -45,6 +47,12 @@ def _processor_settings(owner: str, image_processor: Any) -> dict[str, Any]:
             f"{type(image_processor).__name__} with size {dict(resized)}. Give one with height and width, or save it "
             "beside the model: ViTImageProcessor(size=...).save_pretrained(folder)."
         )
+    resample = image_processor.resample
+    if resample not in INTERPOLATIONS:
+        raise ValueError(
+            f"{type(image_processor).__name__} resizes with resample={resample!r}, and images are resized by "
+            f"{', '.join(f'{key} ({name})' for key, name in INTERPOLATIONS.items())}. Set one of these on it."
+        )
     squashed = "height" in resized or (hasattr(image_processor, "crop_pct") and height >= 384 and not cropped)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if image_processor.do_normalize:
@@ -55,7 +63,7 @@ def _processor_settings(owner: str, image_processor: Any) -> dict[str, Any]:
         "size": (height, width),
         "mean": mean,
         "std": std,
-        "interpolation": {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(image_processor.resample)],
+        "interpolation": INTERPOLATIONS[resample],
         "crop_pct": _crop_pct(image_processor, resized, cropped, height),
         "crop_mode": "squash" if squashed else "center",
     }

@@ -65,15 +65,17 @@ def test_a_folder_is_pushed_in_one_commit(hub, user, folder):
     assert [commit.title for commit in commits] == ["Upload model", "initial commit"]
 
 
-def test_image_settings_of_an_earlier_model_go(hub, user, folder):
-    """The Hub's pipeline would prefer them to those of a timm model."""
+def test_files_of_an_earlier_model_go(hub, user, folder):
+    """The Hub's pipeline would prefer its image settings to those of a timm model, and its results would be read."""
     api = HfApi()
     api.create_repo(f"{user}/earlier")
-    for name in ("preprocessor_config.json", "model-00001-of-00002.safetensors", "notes.json"):
+    results = (".eval_results/cifar10.yaml", "twin.json", "seeds/seed1.json", "figures/angles.png")
+    for name in ("preprocessor_config.json", "model-00001-of-00002.safetensors", *results, "figures/mine.png"):
         api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id=f"{user}/earlier")
     push_folder(folder, f"{user}/earlier")
-    assert set(hub.files(f"{user}/earlier")) & {"preprocessor_config.json", "notes.json"} == {"notes.json"}
-    assert not [name for name in hub.files(f"{user}/earlier") if name.startswith("model-")]
+    there = set(hub.files(f"{user}/earlier"))
+    assert "figures/mine.png" in there and not there & {"preprocessor_config.json", *results}
+    assert not [name for name in there if name.startswith("model-")]
 
 
 def test_a_push_of_the_same_again_makes_no_commit(hub, user, folder):
