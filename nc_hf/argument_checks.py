@@ -112,6 +112,11 @@ def check_corrections(args: NCTrainingArguments) -> None:
 
 def check_schedule(args: NCTrainingArguments) -> None:
     """Refuse schedules that exclude each other or would do nothing, with ValueError."""
+    if args.sampler == "progressive" and args.max_steps > 0:
+        raise ValueError(
+            "`sampler: progressive` needs the length of the run: set num_train_epochs, not max_steps "
+            f"({args.max_steps})."
+        )
     if args.drw_epoch is not None and not args.drw_epoch >= 0:
         raise ValueError(
             f"`drw_epoch` must be at least 0, got {args.drw_epoch}. Leave it out to weigh from the start."

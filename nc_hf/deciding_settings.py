@@ -30,7 +30,7 @@ OTHERS = (
 )
 
 
-CHOOSING = ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
+CHOOSING = ("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps")
 
 
 def decides_weights(name: str, chooses: bool = False) -> bool:

@@ -42,7 +42,7 @@ class HeadTrainer(NCTrainer):
         factor = self.args.lws_weight_factor
         if fresh and self._hook is not None and factor > 0:
             for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
-                settings = {"lr": factor * self.args.learning_rate, "weight_decay": self.args.weight_decay}
+                settings = {"lr": factor * optimizer.defaults["lr"], "weight_decay": self.args.weight_decay}
                 move_to_own_group(optimizer, parameter, **settings)
         if fresh and self._radius is not None:
             optimizer.register_step_post_hook(lambda *_: project_rows(layer.weight, self._radius))

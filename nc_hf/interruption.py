@@ -45,7 +45,9 @@ class SaveOnSignal(TrainerCallback):
         """Save if any process has received a signal, unless the epoch's end is next."""
         self._agree(args)
         if self.received and not (state.epoch or 0.5).is_integer():
-            control.should_save, control.should_evaluate = True, False
+            control.should_save = True
+            # There may be little time, but one left out could change which weights are the best.
+            control.should_evaluate &= args.load_best_model_at_end
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Save if a signal was received."""

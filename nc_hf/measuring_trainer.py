@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import Trainer
 from nc_hf.metrics.geometry import class_means
 from nc_hf.models.classifier import feature_dim
 from nc_hf.processes import share_buffers
+from nc_hf.random_state import unmoved_random_state
 from nc_hf.task import ClassificationTask
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -45,6 +47,12 @@ class MeasuringTrainer(Trainer):
 
     task: ClassificationTask
     _kept: dict[int, _Kept] | None = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`, of the very model that a checkpoint of now would hold, and without a trace in training."""
+        share_buffers(self.task)
+        with unmoved_random_state():  # a data loader draws a seed, which would shift every later draw
+            return super().evaluation_loop(*args, **kwargs)
 
     @contextmanager
     def keeping_features(self, kept: dict[int, _Kept] | None = None) -> Iterator[dict[int, _Kept]]:

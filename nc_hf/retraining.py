@@ -164,6 +164,11 @@ def _check_given(args: RetrainingArguments, given: dict[str, Any]) -> None:
             "`optimizers` cannot train on `features: cached`, where a copy of the head is trained. Give "
             "optimizer_cls_and_kwargs, or set features: images."
         )
+    if any(given.get("optimizers") or ()) and ("lws" in args.heads or args.max_norm_threshold is not None):
+        raise ValueError(
+            "`optimizers` know neither the factors of `heads: lws` nor the rows of `max_norm_threshold`, which would "
+            "not act. Give optimizer_cls_and_kwargs."
+        )
 
 
 @contextmanager

@@ -86,11 +86,6 @@ class SavingTrainer(Trainer):
             self.push_to_hub()
         return output
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`, of the very model that a checkpoint of now would hold."""
-        share_buffers(self.task)
-        return super().evaluation_loop(*args, **kwargs)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         share_buffers(self.task)  # running means of each process may differ in the last bits, as GPUs add in any order
         if (centers := self.task.learned_centers) is not None:

@@ -107,6 +107,11 @@ def load_for_stages(recipe: Recipe, stages: dict[str, NCTrainingArguments], spli
                 f"`{stage}.load_best_model_at_end` chooses on a validation split, which these data do not have. Set "
                 "data.validation_fraction, such as 0.1, or leave it out."
             )
+        if args.eval_strategy != IntervalStrategy.NO and "validation" not in images:
+            raise ValueError(
+                f"`{stage}.eval_strategy` measures on a validation split, which these data do not have. Set "
+                "data.validation_fraction, such as 0.1, or leave it out."
+            )
     head = find_head(model, head=recipe.model.head)[1]
     if "stage1" in stages and (stage1 := stages["stage1"]).objective != "contrastive":
         check_head_for(stage1.supervised_loss(images["train"].class_counts), head)

@@ -72,9 +72,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
     ) -> None:
         args = NCTrainingArguments() if args is None else args
         check_trainer(args, kwargs)
-        if hasattr(model, "_orig_mod"):
-            logger.info("the model is taken as it was before torch.compile; torch_compile=True compiles the training")
-            model = model._orig_mod
+        model = _uncompiled(model)
         train_dataset, self.label_column = kwargs.get("train_dataset"), label_column
         # What labels the data set tells beside its samples matters where something is made of them.
         self._trusts_labels = class_counts is None or args.sampler != "instance"
@@ -89,7 +87,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         )
         if model_init := kwargs.pop("model_init", None):
             # `Trainer` looks at its signature to tell whether it takes the trial.
-            kwargs["model_init"] = wraps(model_init)(lambda *trial: wrap(model_init(*trial)))
+            kwargs["model_init"] = wraps(model_init)(lambda *trial: wrap(_uncompiled(model_init(*trial))))
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collate
         if hasattr(kwargs.get("processing_class"), "data_config"):
@@ -328,3 +326,10 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Any:
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
+
+
+def _uncompiled(model: nn.Module | None) -> nn.Module | None:
+    if hasattr(model, "_orig_mod"):
+        logger.info("the model is taken as it was before torch.compile; torch_compile=True compiles the training")
+        return model._orig_mod
+    return model

@@ -124,7 +124,11 @@ def test_signals_are_given_back_after_a_training_that_failed(tmp_path, monkeypat
 def test_a_signal_between_two_agreements_waits_for_the_next_one(monkeypatch):
     """Whatever one process alone did upon it, the others would wait for, or miss."""
     callback, control = SaveOnSignal(), TrainerControl()
-    now = SimpleNamespace(world_size=2, device="cpu"), SimpleNamespace(epoch=0.5, global_step=1, max_steps=4), control
+    now = (
+        SimpleNamespace(world_size=2, device="cpu", load_best_model_at_end=False),
+        SimpleNamespace(epoch=0.5, global_step=1, max_steps=4),
+        control,
+    )
 
     def slow_gather(tensor):
         callback._receive(signal.SIGTERM, None)
@@ -162,3 +166,14 @@ def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tm
     assert f"checkpoint-{steps[-1]}" in finish(start(tmp_path, arguments)).stdout
     results = json.loads((tmp_path / "out/stopped/results.json").read_text())
     assert results["heads"]["crt"]["images"] == 500
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_measurement_that_is_due_is_left_out_only_where_none_is_the_best(tmp_path, best):
+    options = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    args, images, count = arguments(tmp_path, **options, load_best_model_at_end=best), SmallImages(), Count()
+    callbacks = [Raise(4, signal.SIGTERM), count, SaveOnSignal()]
+    stopped = NCTrainer(network(), args, train_dataset=images, eval_dataset=images, callbacks=callbacks)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert count.evaluated == ([2, 4] if best else [2]) and is_complete(tmp_path / "checkpoint-4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from small_images import SmallImages, network_without_batch_statistics
 from small_runs import arguments
@@ -124,3 +125,19 @@ def test_a_trainer_of_the_same_backbone_reads_what_another_one_kept(trainer, tmp
         found = all_of(another, images)
     assert torch.equal(found[0], features) and not torch.allclose(found[1], logits)
     assert all(torch.allclose(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_measuring_in_between_changes_no_weight(tmp_path):
+    """A data loader draws a seed from the generator that dropout draws from."""
+    images = SmallImages()
+
+    def trained(**settings) -> NCTrainer:
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=4, drop_rate=0.5)
+        trainer = NCTrainer(model, arguments(tmp_path, **settings), train_dataset=images, eval_dataset=images)
+        trainer.train()
+        return trainer
+
+    plain, measured = trained(), trained(eval_strategy="epoch")
+    for (name, a), b in zip(plain.task.state_dict().items(), measured.task.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name

@@ -194,4 +194,8 @@ def test_when_weights_are_measured_matters_where_the_best_are_taken(write: Calla
     by_steps += ("--stage1.save_steps", "50")
     path = write(text)
     assert len({recipe_digest(load_recipe(path, [*choosing, *when])) for when in (by_epoch, by_steps)}) == 2
-    assert len({recipe_digest(load_recipe(path, list(when))) for when in (by_epoch, by_steps)}) == 1
+    late = (*by_steps, "--stage1.eval_delay", "5")
+    assert recipe_digest(load_recipe(path, [*choosing, *by_steps])) != recipe_digest(
+        load_recipe(path, [*choosing, *late])
+    )
+    assert len({recipe_digest(load_recipe(path, list(when))) for when in (by_epoch, by_steps, late)}) == 1

@@ -150,3 +150,31 @@ def test_a_protocol_says_when_weights_begin_and_that_images_were_cut(epoch, word
 def test_moving_statistics_go_with_one_trained_head(tmp_path, heads):
     with pytest.raises(ValueError, match="Give crt or lws alone"):
         arguments(tmp_path, heads=heads, backbone_statistics="shifted")
+
+
+def test_progressive_draws_need_the_length_of_stage_two_before_stage_one(tmp_path):
+    with pytest.raises(ValueError, match="set num_train_epochs, not max_steps"):
+        arguments(tmp_path, sampler="progressive", max_steps=3)
+
+
+@pytest.mark.parametrize("settings", [{"heads": ["lws"]}, {"head_init": "keep", "max_norm_threshold": 0.1}])
+def test_an_optimizer_that_knows_not_what_is_trained_is_refused(tmp_path, settings):
+    model = network_without_batch_statistics()
+    own = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="which would not act. Give optimizer_cls_and_kwargs"):
+        args = arguments(tmp_path, **settings)
+        retrain_classifier(model, SmallImages(), args, head="head", optimizers=(own, None))
+
+
+def test_the_weights_of_lws_have_a_share_of_the_users_learning_rate(tmp_path):
+    rates = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            rates.append(sorted(group["lr"] for group in optimizer.param_groups if group["params"]))
+
+    args = arguments(tmp_path, heads=["lws"], lws_weight_factor=0.5, num_train_epochs=1, lr_cosine=False)
+    own = (torch.optim.SGD, {"lr": 0.001})
+    model = network_without_batch_statistics()
+    retrain_classifier(model, SmallImages(), args, head="head", callbacks=[Look()], optimizer_cls_and_kwargs=own)
+    assert 0 < rates[0][-1] <= 0.001 and rates[0][0] == pytest.approx(rates[0][-1] / 2)

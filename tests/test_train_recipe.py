@@ -188,6 +188,7 @@ def test_another_number_of_processes_is_refused(folder, train):
         ("expected_processes", "2", "`expected_processes` is 2 but 1 started"),
         ("bf16_full_eval", "true", "would cast the weights and not the images"),
         ("load_best_model_at_end", "true", "chooses on a validation split, which these data do not have"),
+        ("eval_strategy", "epoch", "`stage2.eval_strategy` measures on a validation split, which these data do not"),
     ],
 )
 def test_a_stage_two_that_cannot_run_is_refused_before_stage_one(folder, train, setting, value, message):

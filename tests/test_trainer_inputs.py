@@ -78,10 +78,11 @@ def test_an_endless_stream_has_no_pass_for_the_first_centers(tmp_path):
 
 def test_a_compiled_model_is_trained_and_saved_as_the_plain_one(tmp_path):
     model = load_classifier("test_resnet", 4)[0]
-    one = NCTrainer(torch.compile(model), NCTrainingArguments(str(tmp_path), **SHORT))
-    assert one.classifier is model
-    one.save_model(str(tmp_path / "model"))
-    assert load_pretrained(tmp_path / "model")[0].num_classes == 4
+    for given in ({"model": torch.compile(model)}, {"model_init": lambda: torch.compile(model)}):
+        one = NCTrainer(**given, args=NCTrainingArguments(str(tmp_path), **SHORT))
+        assert one.classifier is model
+        one.save_model(str(tmp_path / "model"))
+        assert load_pretrained(tmp_path / "model")[0].num_classes == 4
 
 
 def test_a_stream_may_have_an_attribute_of_that_name(tmp_path):
