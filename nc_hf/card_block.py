@@ -74,4 +74,4 @@ def merge_cards(ours: str, theirs: str) -> str:
 
 
 def _union(old: Any, new: list[str]) -> list[str]:
-    return list(dict.fromkeys([*(old if isinstance(old, list) else []), *new]))
+    return list(dict.fromkeys([*([old] if isinstance(old, str) else old or []), *new]))

@@ -50,6 +50,9 @@ def dataset_facts(results: Mapping[str, Any]) -> dict[str, Any]:
         # The checksum is of all training images, and that of a user's files says nothing to others.
         if facts.get("validation_fraction") or results.get("skipped_images") or found["what"] == "names":
             facts |= {"sha256": None, "standard": None}
+    elif facts.get("description"):
+        # In one paragraph, and without the checksum of a user's files.
+        facts["description"] = " ".join(re.sub(r"; sha256 of names \w+$", "", facts["description"]).split())
     heads = list(results.get("heads", {}).values())
     facts["tested"] = next((metrics.get("images") for metrics in heads), None)
     # Only on as many images of each class are these the same figure, but for a network that is always right or wrong.

@@ -122,6 +122,11 @@ def _resnet18(method: str) -> Row:
     return Row(f"{method}_resnet18", recipe=method, overrides=("--model.name", "resnet18_cifar"))
 
 
+def _without_mixup(method: str) -> Row:
+    overrides = ("--stage1.mixup_alpha", "0", "--stage2", "null")
+    return Row(f"{method}_no_mixup", recipe=f"{method}_light_mixup", overrides=overrides)
+
+
 TABLES = {
     "table2": Table(
         "Table 2: balanced data, ResNet-32",
@@ -145,6 +150,7 @@ TABLES = {
             "CE-DRW-cRT": Row("ce_drw_crt", "crt"),
             "CE-DRW, mixup 0.2": Row("ce_light_mixup"),
             "CE-DRW-cRT, mixup 0.2": Row("ce_light_mixup", "crt"),
+            "CE-DRW, no mixup": _without_mixup("ce"),
             "LDAM-DRW": Row("ldam_drw"),
             "BBN": Row("bbn"),
             "MiSLAS": Row("mislas", "lws", on=MISLAS_R10),
@@ -156,6 +162,7 @@ TABLES = {
             "NC-DRW-cRT": NC_DRW_CRT,
             "NC-DRW, mixup 0.2": Row("nc_light_mixup"),
             "NC-DRW-cRT, mixup 0.2": Row("nc_light_mixup", "crt"),
+            "NC-DRW, no mixup": _without_mixup("nc"),
             "NC-DRW, learned centers": Row("nc_learned"),
             "NC-DRW-cRT, learned centers": Row("nc_learned", "crt"),
         },
