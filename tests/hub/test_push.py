@@ -232,8 +232,7 @@ def test_two_pushes_at_once_both_arrive(hub, user, folder, tmp_path):
 
     def push(number: int) -> None:
         own = Path(shutil.copytree(folder, tmp_path / str(number)))
-        (own / "seeds").mkdir()
-        (own / "seeds" / f"seed{number}.json").write_text("{}")
+        (own / f"notes{number}.md").write_text("words")
         try:
             push_folder(own, f"{user}/twice", check=False)
         except PushError as error:
@@ -247,7 +246,7 @@ def test_two_pushes_at_once_both_arrive(hub, user, folder, tmp_path):
     assert errors == []
     files = hub.files(f"{user}/twice")
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert {"seeds/seed0.json", "seeds/seed1.json"} <= set(files)
+    assert {"notes0.md", "notes1.md"} <= set(files)
 
 
 def test_a_folder_that_does_not_open_is_not_pushed(hub, user, folder):
