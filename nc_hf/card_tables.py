@@ -136,7 +136,7 @@ def geometry_table(results: Mapping[str, Any]) -> dict[str, Any]:
     splits = list(dict.fromkeys(split for measured in heads.values() for split in measured))
     values = [values for measured in heads.values() for values in measured.values()]
     optima = {round(found["nc2_best_angle"], 1) for found in values if "nc2_best_angle" in found}
-    best = f"; at best {optima.pop():.1f}" if len(optima) == 1 else ""
+    best = f"; at best {next(iter(optima)):.1f}" if len(optima) == 1 else ""
     rows = []
     for key, label in GEOMETRY.items():
         cells = {

@@ -33,7 +33,7 @@ FURTHER_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
     *("Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans", "Arial Unicode MS"),
 )
-FONTS = ["DejaVu Sans", *(font for font in FURTHER_FONTS if font in font_manager.get_font_names())]
+FONTS = ["DejaVu Sans", *filter(set(font_manager.get_font_names()).__contains__, FURTHER_FONTS)]
 STYLE = {
     "font.family": FONTS,
     "font.size": 10,
@@ -156,11 +156,11 @@ def angle_figure(
         axes = np.atleast_1d(figure.subplots(1, len(angles)))
         most = min(MOST_MATRIX_NAMES, 2 * MOST_MATRIX_NAMES // len(angles))
         names = [_plain(class_names[k]) for k in order] if class_names and len(order) <= most else []
+        size = len(next(iter(angles.values())))
+        block = -(-len(order) // size)  # classes on each side of a cell
+        side, scale = size * block - 0.5, {"cmap": "viridis", "vmin": low, "vmax": known.max()}
         for ax, (name, matrix), found in zip(axes, angles.items(), defined, strict=True):
-            block = -(-len(order) // len(matrix))  # classes on each side of a cell
-            extent = (-0.5, len(matrix) * block - 0.5, len(matrix) * block - 0.5, -0.5)
-            scale = {"cmap": "viridis", "vmin": low, "vmax": known.max()}
-            image = ax.imshow(matrix, extent=extent, interpolation="nearest", **scale)
+            image = ax.imshow(matrix, extent=(-0.5, side, side, -0.5), interpolation="nearest", **scale)
             smallest = f"smallest {found.min():.1f}°" if len(found) else "no angle is defined"
             ax.set_title(f"{_plain(name, max(24, 52 // len(angles)))}\n{smallest}", fontsize=10)
             ax.spines[:].set_visible(True)

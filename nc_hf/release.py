@@ -19,7 +19,7 @@ from nc_hf.data.splits import BUILDERS
 from nc_hf.figures import angle_figure, class_accuracy_figure, collapse_figure, norm_figure, save_figure
 from nc_hf.finished_run import class_means_of, read_run
 from nc_hf.model_card import RELEASE_FOLDER, write_card
-from nc_hf.recipe import Recipe, dump_recipe, recipe_digest
+from nc_hf.recipe import Recipe, differences, dump_recipe, recipe_digest
 from nc_hf.recipe_sections import defaults_of
 from nc_hf.results import read_results, write_results
 
@@ -86,14 +86,20 @@ def _results_of_twin(run: Path, recipe: Recipe, twin: Path) -> dict[str, Any]:
     """Results of a run whose stage one differs from this one's in the collapse terms alone, which it lacks."""
     found, theirs = read_run(twin)
     theirs = _without_paths(theirs)
-    ours, plain = (defaults_of("stage1") | (one.stage1 or {}) for one in (recipe, theirs))
-    differing = [name for name in ("model", "data", "seed") if getattr(theirs, name) != getattr(recipe, name)]
-    differing += [name for name in ours if name not in (*COLLAPSE, "precision") and ours[name] != plain.get(name)]
-    if differing:
-        raise ValueError(f"{twin} is no twin of {run}: their {' and '.join(differing)} differ. Give one of the same.")
+    plain = defaults_of("stage1") | (theirs.stage1 or {})
+    ours, alike = (_without_terms(one) for one in (recipe, theirs))
+    if differing := [line.partition(" ")[0] for line in differences(ours, alike)]:
+        names = " and ".join(differing)
+        raise ValueError(f"{twin} is no twin of {run}: their {names} differ. Give one of the same.")
     if plain["within_weight"] or plain["between_weight"]:
         raise ValueError(f"{twin} is no twin of {run}: it was trained with collapse terms. Give a run without them.")
     return found
+
+
+def _without_terms(recipe: Recipe) -> Recipe:
+    """What a run has in common with its twin: all but the terms, the second stage, and the precision of a machine."""
+    stage = {name: value for name, value in (recipe.stage1 or {}).items() if name not in (*COLLAPSE, "precision")}
+    return dataclasses.replace(recipe, stage1=stage, stage2=None)
 
 
 def _results_of_seeds(

@@ -224,6 +224,13 @@ def test_a_release_is_no_run_to_release(without_pictures, tmp_path):
         build_release(folder, tmp_path / "again")
 
 
+@pytest.mark.parametrize("change", [["--data.title", "Ten things"], ["--stage1.save_steps", "7"]])
+def test_what_decides_no_weight_may_differ_in_a_twin(without_pictures, tmp_path, change):
+    run, twin = finished_run(tmp_path / "run"), finished_run(tmp_path / "twin", method="CE-DRW")
+    (twin / "recipe.yaml").write_text(dump_recipe(load_recipe(twin / "recipe.yaml", change)))
+    assert (build_release(run, twin=twin) / "twin.json").is_file()
+
+
 def test_the_release_of_a_run_can_be_its_twin(without_pictures, tmp_path):
     twin = build_release(finished_run(tmp_path / "plain", method="CE-DRW"))
     folder = build_release(finished_run(tmp_path / "run"), twin=twin)
@@ -233,10 +240,10 @@ def test_the_release_of_a_run_can_be_its_twin(without_pictures, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value", "differing"),
     [
-        ("data.imbalance_ratio", "10", "their data differ"),
-        ("model.name", "resnet20_cifar", "their model differ"),
+        ("data.imbalance_ratio", "10", "their data.imbalance_ratio differ"),
+        ("model.name", "resnet20_cifar", "their model.name differ"),
         ("seed", "1", "their seed differ"),
-        ("stage1.learning_rate", "9", "their learning_rate differ"),
+        ("stage1.learning_rate", "9", "their stage1.learning_rate differ"),
         ("stage1.between_weight", "5", "it was trained with collapse terms"),
     ],
 )
