@@ -32,6 +32,11 @@ def check_ranges(args: NCTrainingArguments) -> None:
     for name in AT_LEAST_ONE:
         if getattr(args, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(args, name)}. Set it to 1 or more.")
+    if args.ghost_batch_size is not None and args.ghost_batch_size < 2:
+        raise ValueError(
+            f"`ghost_batch_size` must be at least 2, got {args.ghost_batch_size}. Leave it out to normalize whole "
+            "batches."
+        )
     if not (math.isfinite(args.learning_rate) and args.learning_rate >= 0):
         raise ValueError(
             f"`learning_rate` must be at least 0, got {args.learning_rate}. Set a positive one, or 0 to leave the "

@@ -21,6 +21,7 @@ from nc_hf.models.bilateral import BilateralNetwork
 from nc_hf.models.classifier import feature_dim, find_head
 from nc_hf.models.classifier import freeze_backbone as freeze
 from nc_hf.models.experts import Experts
+from nc_hf.models.ghost_batch_norm import set_ghost_batches
 from nc_hf.models.normalized_heads import check_head_for
 from nc_hf.rebalancing import class_weights
 from nc_hf.task import ClassificationTask
@@ -71,6 +72,7 @@ def build_task(
             "`class_weighting` and `within_counts: train` need the number of training images per class, which the "
             "training set does not tell. Pass class_counts=[...] to NCTrainer."
         )
+    set_ghost_batches(model, args.ghost_batch_size)
     objective = "classification" if freeze_backbone else args.objective
     if freeze_backbone:
         freeze(model, head_name)

@@ -159,6 +159,13 @@ class NCTrainingArguments(TrainingArguments):
     )
 
     # Parameters that control the optimization
+    ghost_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images that batch norms see at a time in training; None: all of a batch on a device. The paper's "
+            "four GPUs come to 32."
+        },
+    )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of SGD (`optim: sgd` has none by itself)."})
     decay_all_parameters: bool = field(
         default=False, metadata={"help": "Weight decay on biases and norms too, as the authors' code."}
