@@ -94,7 +94,8 @@ def answers_of(folder: Path, processes: int, rank: int) -> dict:
     with fresh.keeping_features():
         answers["geometry"] = geometry_of(fresh, odd, fresh.class_means(odd))
     set_seed(0)
-    run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned")
+    halves = {"ghost_batch_size": GLOBAL_BATCH // 2}  # what each of two processes sees by itself
+    run = trainer(folder, processes, load_classifier("resnet20_cifar", 4)[0], centers="learned", **halves)
     run.train()
     answers["resnet"] = summary(run)
     norm = run.classifier.bn1

@@ -64,12 +64,12 @@ def test_a_run_resumed_within_an_epoch_goes_on_with_its_images(runs):
             np.testing.assert_array_equal(answers["resumed"]["state"][key], values, err_msg=f"{key}, run {rank}")
 
 
-def test_centers_of_a_network_with_batch_norm_are_identical_on_both_ranks(runs):
+def test_ghost_batches_train_a_network_with_batch_norm_as_two_processes_do(runs):
     alone, first, second = (answers["resnet"] for answers in runs)
+    np.testing.assert_allclose(first["losses"][:4], alone["losses"][:4], rtol=1e-4)
+    np.testing.assert_allclose(first["losses"], alone["losses"], rtol=0.02)  # rounding grows from update to update
     assert first["state"]["collapse.centers"] == second["state"]["collapse.centers"]
     assert first["state"]["classifier.fc.weight"] == second["state"]["classifier.fc.weight"]
-    # batch norm sees half a batch on each process, so losses agree only roughly
-    np.testing.assert_allclose(first["losses"][0], alone["losses"][0], rtol=0.2)
 
 
 @pytest.mark.parametrize("measure", ["evaluate", "features"])
