@@ -53,6 +53,8 @@ def describe_schedule(args: NCTrainingArguments, num_epochs: float, updates_per_
         f"{args.max_steps} updates" if args.max_steps > 0 else f"{num_epochs:g} epochs of {updates_per_epoch} updates",
         f"precision {args.precision}{', channels last' if args.channels_last else ''}",
     ]
+    if args.ghost_batch_size is not None:
+        parts.append(f"batch norms see {min(args.ghost_batch_size, batch_size)} images at a time")
     if args.collapse_enabled:
         before = ", against random centers before" if args.replicate_leak else ""
         start = resolve_epoch(args.start_epoch, num_epochs)

@@ -16,6 +16,7 @@ from nc_hf.models.classifier import load_classifier
 from nc_hf.models.ghost_batch_norm import set_ghost_batches
 from nc_hf.retraining import retrain_classifier
 from nc_hf.retraining_args import RetrainingArguments
+from nc_hf.schedule import describe_schedule
 from nc_hf.trainer import NCTrainer
 from nc_hf.training_args import NCTrainingArguments
 
@@ -87,6 +88,7 @@ def test_the_trainer_uses_it_in_stage_one_alone(tmp_path):
     model, images = load_classifier("resnet20_cifar", 4)[0], SmallImages()
     args = NCTrainingArguments(output_dir=str(tmp_path / "one"), ghost_batch_size=4, **shared)
     NCTrainer(model, args, train_dataset=images).train()
+    assert "; batch norms see 4 images at a time; " in describe_schedule(args, 1, 14, 8)
     assert type(model.bn1).__name__ == "GhostBatchNorm2d"
     args = RetrainingArguments(output_dir=str(tmp_path / "two"), **shared)
     retrain_classifier(model, images, args).save_model(str(tmp_path / "saved"))
