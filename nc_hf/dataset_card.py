@@ -158,6 +158,7 @@ def dataset_card(configs: Sequence[Mapping[str, Any]], repo_id: str, dataset: st
     configs = sorted(configs, key=lambda config: (config.get("imbalance_ratio", 0), config["name"]))
     profiles = {config["profile"] for config in configs if "profile" in config}
     images = sum(sum(counts) for config in configs for counts in config["counts"].values())
+    uneven = any(len(set(config["counts"]["train"])) > 1 for config in configs)
     title = known.title + ("-LT" if profiles else "") if known else name
     data = DatasetCardData(
         pretty_name=title,
@@ -165,7 +166,7 @@ def dataset_card(configs: Sequence[Mapping[str, Any]], repo_id: str, dataset: st
         task_categories=["image-classification"],
         size_categories=[next((label for size, label in SIZES if images < size), "10M<n<100M")],
         source_datasets=[known.hub_id] if known and known.hub_id else None,
-        tags=["long-tailed", "class-imbalance"],
+        tags=["long-tailed", "class-imbalance"] if uneven else None,
     )
     card = DatasetCard.from_template(
         card_data=data,

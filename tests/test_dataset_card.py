@@ -124,7 +124,14 @@ def test_metadata_is_valid_and_known():
         "tags": ["long-tailed", "class-imbalance"],
     }
     own = DatasetCard(dataset_card([cifar()], "user/pets")).data.to_dict()
-    assert own["pretty_name"] == "pets" and "source_datasets" not in own and "license" not in own
+    assert (
+        own["pretty_name"] == "pets"
+        and own["tags"] == data["tags"]
+        and "source_datasets" not in own
+        and "license" not in own
+    )
+    even = dataset_card([cifar(counts={"train": [5] * 10})], "user/pets")
+    assert "tags" not in DatasetCard(even).data.to_dict()
     assert DatasetCard(dataset_card([cifar()], "user/d", "digits")).data.license == "cc-by-4.0"
 
 
