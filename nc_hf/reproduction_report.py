@@ -145,6 +145,8 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
         stage = defaults_of("stage1") | recipe.stage1
         batch = stage["per_device_train_batch_size"] * stage["gradient_accumulation_steps"]
         parts["batch"] = f"batch {batch * (stage['expected_processes'] or 1)}"
+        if stage["ghost_batch_size"]:
+            parts["ghost"] = f"ghost batches of {stage['ghost_batch_size']}"
         parts["optimizer"] = f"{stage['optim']} {stage['learning_rate']:g}, weight decay {stage['weight_decay']:g}"
         if stage["lr_milestones"]:
             milestones = " and ".join(f"{milestone:g}" for milestone in stage["lr_milestones"])

@@ -165,12 +165,12 @@ def test_a_figure_that_is_not_finite_is_refused(folder):
 
 
 def test_the_recipe_is_shown_with_the_settings_of_each_stage(folder):
-    recipe = load_recipe(ROOT / "recipes/cifar10_lt/nc_drw_crt.yaml")
+    recipe = load_recipe(ROOT / "recipes/cifar10_lt/nc_drw_crt.yaml", ["--stage1.ghost_batch_size", "32"])
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     card = model_card(folder, "user/name")
     assert (
         "* Stage 1: 200 epochs of batches of 128 a process, SGD, learning rate 0.1 (times 0.1 after 160 and 180 "
-        "epochs, warm-up over 5 epochs), weight decay 0.0005, mixup (alpha 1)"
+        "epochs, warm-up over 5 epochs), weight decay 0.0005, batch norms over 32 images, mixup (alpha 1)"
     ) in card
     assert "0.01 L_W + 0.1 L_B" in card and "from epoch 180 on" in card and "2.0 hours" in card
     assert "Stage 2" not in card  # it was not run

@@ -107,8 +107,9 @@ def test_what_nc_adds_is_said_of_every_table(tmp_path, name):
         )
 
 
-def test_warm_up_and_the_start_of_the_terms_are_part_of_the_protocol():
-    told = protocol(load_recipe(RECIPES / "cifar100_lt/nc_drw_crt.yaml"))
+def test_what_differs_between_recipes_is_part_of_the_protocol():
+    told = protocol(load_recipe(RECIPES / "cifar100_lt/nc_drw_crt.yaml", ["--stage1.ghost_batch_size", "32"]))
+    assert told["ghost"] == "ghost batches of 32"
     assert told["warmup"] == "warm-up up to 0.025 of the run" and told["terms"].endswith("from 0.5 of the run")
 
 
