@@ -127,12 +127,6 @@ def _without_mixup(method: str) -> Row:
     return Row(f"{method}_no_mixup", recipe=f"{method}_light_mixup", overrides=overrides)
 
 
-def _ghost_batches(method: str, head: str = "base") -> Row:
-    """BatchNorm as on the paper's four GPUs."""
-    overrides = ("--stage1.ghost_batch_size", "32")
-    return Row(f"{method}_ghost_batches", head, recipe=f"{method}_light_mixup", overrides=overrides)
-
-
 TABLES = {
     "table2": Table(
         "Table 2: balanced data, ResNet-32",
@@ -156,8 +150,8 @@ TABLES = {
             "CE-DRW-cRT": Row("ce_drw_crt", "crt"),
             "CE-DRW, mixup 0.2": Row("ce_light_mixup"),
             "CE-DRW-cRT, mixup 0.2": Row("ce_light_mixup", "crt"),
-            "CE-DRW, mixup 0.2, ghost batches of 32": _ghost_batches("ce"),
-            "CE-DRW-cRT, mixup 0.2, ghost batches of 32": _ghost_batches("ce", "crt"),
+            "CE-DRW, mixup 0.2, ghost batches of 32": Row("ce_ghost_batches"),
+            "CE-DRW-cRT, mixup 0.2, ghost batches of 32": Row("ce_ghost_batches", "crt"),
             "CE-DRW, no mixup": _without_mixup("ce"),
             "LDAM-DRW": Row("ldam_drw"),
             "BBN": Row("bbn"),
@@ -170,8 +164,8 @@ TABLES = {
             "NC-DRW-cRT": NC_DRW_CRT,
             "NC-DRW, mixup 0.2": Row("nc_light_mixup"),
             "NC-DRW-cRT, mixup 0.2": Row("nc_light_mixup", "crt"),
-            "NC-DRW, mixup 0.2, ghost batches of 32": _ghost_batches("nc"),
-            "NC-DRW-cRT, mixup 0.2, ghost batches of 32": _ghost_batches("nc", "crt"),
+            "NC-DRW, mixup 0.2, ghost batches of 32": Row("nc_ghost_batches"),
+            "NC-DRW-cRT, mixup 0.2, ghost batches of 32": Row("nc_ghost_batches", "crt"),
             "NC-DRW, no mixup": _without_mixup("nc"),
             "NC-DRW, learned centers": Row("nc_learned"),
             "NC-DRW-cRT, learned centers": Row("nc_learned", "crt"),
