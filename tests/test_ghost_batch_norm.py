@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import timm
@@ -67,6 +68,15 @@ def test_in_eval_mode_and_taken_off_it_is_the_network_itself():
         assert type(one) is type(other) and vars(one).keys() == vars(other).keys()
     names = {type(module).__name__ for module in ghost.modules()}
     assert "GhostBatchNormAct2d" in names and "BatchNormAct2d" not in names
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
+def test_a_copy_has_ghost_batches_too(copied):
+    norm, x = nn.BatchNorm1d(3), torch.randn(6, 3)
+    set_ghost_batches(norm, 2)
+    again = copied(norm)
+    assert type(again) is type(norm) and again.weight is not norm.weight
+    assert torch.equal(again(x), norm(x)) and torch.equal(again.running_mean, norm.running_mean)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ class GhostBatchNorm:
     """
 
     ghost_batch_size: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by the class that it was, since its own is made on the fly."""
+        return _new_ghost, (type(self).__mro__[2],), self.__dict__
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize (B, ...) in nearly equal parts of at most `ghost_batch_size` images."""
@@ -69,3 +74,7 @@ def set_ghost_batches(model: nn.Module, size: int | None) -> None:
 @cache
 def _ghost_class(kind: type[_BatchNorm]) -> type[_BatchNorm]:
     return type(f"Ghost{kind.__name__}", (GhostBatchNorm, kind), {})
+
+
+def _new_ghost(kind: type[_BatchNorm]) -> _BatchNorm:
+    return _BatchNorm.__new__(_ghost_class(kind))
