@@ -17,11 +17,12 @@ class GhostBatchNorm:
     are small enough, it is the batch norm itself.
     """
 
+    kind: type[_BatchNorm]  # the class that it was
     ghost_batch_size: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copied and pickled by the class that it was, since its own is made on the fly."""
-        return _new_ghost, (type(self).__mro__[2],), self.__dict__
+        """Copied and pickled by `kind`, since its own class is made on the fly."""
+        return _new_ghost, (self.kind,), self.__dict__
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalize (B, ...) in nearly equal parts of at most `ghost_batch_size` images."""
@@ -55,17 +56,17 @@ def set_ghost_batches(model: nn.Module, size: int | None) -> None:
         size: images a part; None gives whole batches back.
 
     Raises:
-        ValueError: for a model without batch norms.
+        ValueError: for a size and a model without such batch norms.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
     if size is not None and not norms:
         raise ValueError(
-            f"`ghost_batch_size` is {size}, and {type(model).__name__} has no batch norms of its own device. Leave it "
-            "out."
+            f"`ghost_batch_size` is {size}, and {type(model).__name__} has no batch norms, or synchronized ones "
+            "alone. Leave it out."
         )
     for norm in norms:
         if isinstance(norm, GhostBatchNorm):
-            norm.__class__ = type(norm).__mro__[2]
+            norm.__class__ = norm.kind
             del norm.ghost_batch_size
         if size is not None:
             norm.__class__, norm.ghost_batch_size = _ghost_class(type(norm)), size
@@ -73,7 +74,7 @@ def set_ghost_batches(model: nn.Module, size: int | None) -> None:
 
 @cache
 def _ghost_class(kind: type[_BatchNorm]) -> type[_BatchNorm]:
-    return type(f"Ghost{kind.__name__}", (GhostBatchNorm, kind), {})
+    return type(f"Ghost{kind.__name__}", (GhostBatchNorm, kind), {"kind": kind})
 
 
 def _new_ghost(kind: type[_BatchNorm]) -> _BatchNorm:
