@@ -13,6 +13,7 @@ from nc_hf.training_args import NCTrainingArguments
 
 HeadName = Literal["crt", "lws", "tau_norm", "ncm", "least_squares", "logit_adjusted"]
 TRAINED_HEADS = ("crt", "lws")  # the others are computed
+OF_HEADS = {"tau": ("tau_norm", "logit_adjusted"), "lws_weight_factor": ("lws",)}  # settings of these heads alone
 CORRECTING = (*LEVELLING_SAMPLERS, "bilateral")  # samplers after which the prior is another one
 
 
@@ -134,6 +135,12 @@ class RetrainingArguments(NCTrainingArguments):
         for name in ("lws_weight_factor", "max_norm_threshold", "tau"):
             if (value := getattr(self, name)) is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"`{name}` must be at least 0, got {value}.")
+        for name, heads in OF_HEADS.items():
+            if getattr(self, name) and not set(heads) & set(self.heads):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)} and acts on {' and '.join(heads)} alone, got heads: "
+                    f"{self.heads}. Leave it out, or add {' or '.join(heads)}."
+                )
 
 
 def check_stages(stage1: NCTrainingArguments, stage2: RetrainingArguments, has_validation: bool) -> None:

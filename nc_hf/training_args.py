@@ -257,7 +257,7 @@ class NCTrainingArguments(TrainingArguments):
     def warn_about_late_epochs(self, num_epochs: float) -> None:
         """Warn of what would start after the last of `num_epochs` epochs."""
         late = [(name, getattr(self, name)) for name in ("start_epoch", "drw_epoch")]
-        late += [("lr_milestones", milestone) for milestone in self.lr_milestones or [] if milestone >= 1]
+        late += [("lr_milestones", milestone) for milestone in self.lr_milestones or []]
         for name, value in late:
             if value is None or resolve_epoch(value, num_epochs) < num_epochs or num_epochs <= 0:
                 continue
@@ -273,6 +273,12 @@ class NCTrainingArguments(TrainingArguments):
                     "epochs; below 1 it is a share of the run.",
                     *(name, value, num_epochs),
                 )
+        if self.lr_cosine and 0 < num_epochs <= 1:
+            logger.warning(
+                "`lr_cosine` changes the learning rate between epochs, and the run has %g: it stays constant. For a "
+                "cosine over the updates set `lr_scheduler_type: cosine` in its place.",
+                num_epochs,
+            )
 
     def supervised_loss(self, class_counts: Sequence[int] | None) -> SupervisedLoss:
         """The loss of the classification, from the settings.

@@ -29,6 +29,18 @@ def arguments(folder, **settings) -> RetrainingArguments:
     return RetrainingArguments(**defaults | settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tau": 0.5}, r"`tau` is 0.5 and acts on tau_norm and logit_adjusted alone, got heads: \['crt'\]"),
+        ({"lws_weight_factor": 0.2}, "`lws_weight_factor` is 0.2 and acts on lws alone"),
+    ],
+)
+def test_a_setting_of_heads_that_are_not_made_is_refused(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **settings)
+
+
 class Interrupted(Exception):
     pass
 

@@ -112,6 +112,21 @@ def test_what_starts_after_a_run_of_few_updates_is_said(tmp_path, caplog):
     assert "and the run ends after 1, so it is never switched on" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lr_cosine": True}, "`lr_cosine` changes the learning rate between epochs, and the run has 1: it stays"),
+        ({"lr_milestones": [0.5]}, "`lr_milestones` is 0.5, a share of the run cut to whole epochs, at least one"),
+    ],
+)
+def test_a_schedule_by_epochs_of_a_single_epoch_is_said(tmp_path, caplog, settings, words):
+    NCTrainingArguments(str(tmp_path), num_train_epochs=1, **settings)
+    assert words in caplog.text
+    caplog.clear()
+    NCTrainingArguments(str(tmp_path), num_train_epochs=2, **settings)
+    assert not caplog.text
+
+
 def test_another_draw_of_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_sampling_strategy: sequential` would be ignored"):
         trainer(tmp_path, settings={"train_sampling_strategy": "sequential"})
