@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from nc_hf.cached_features import train_on_cached_features
 from nc_hf.head_trainer import HeadTrainer
@@ -163,6 +163,12 @@ def _check_given(args: RetrainingArguments, given: dict[str, Any]) -> None:
         raise ValueError(
             "`optimizers` cannot train on `features: cached`, where a copy of the head is trained. Give "
             "optimizer_cls_and_kwargs, or set features: images."
+        )
+    kinds = [one if isinstance(one, type) else type(one) for one in given.get("callbacks") or ()]
+    if args.features == "cached" and any(issubclass(kind, EarlyStoppingCallback) for kind in kinds):
+        raise ValueError(
+            "EarlyStoppingCallback stops by evaluations on the way, which `features: cached` has none of. Leave it "
+            "out, or set features: images."
         )
     if any(given.get("optimizers") or ()) and ("lws" in args.heads or args.max_norm_threshold is not None):
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from small_images import SmallImages, network_without_batch_statistics
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import EarlyStoppingCallback, TrainerCallback, ViTConfig, ViTForImageClassification
 
 from nc_hf import saving_trainer
 from nc_hf.inspect import check_classes
@@ -39,6 +39,12 @@ def arguments(folder, **settings) -> RetrainingArguments:
 def test_a_setting_of_heads_that_are_not_made_is_refused(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
         arguments(tmp_path, **settings)
+
+
+def test_early_stopping_on_cached_features_is_refused_before_they_are_computed(tmp_path):
+    args, stop = arguments(tmp_path, features="cached"), EarlyStoppingCallback()
+    with pytest.raises(ValueError, match="EarlyStoppingCallback stops by evaluations on the way"):
+        retrain_classifier(network_without_batch_statistics(), SmallImages(), args, head="head", callbacks=[stop])
 
 
 class Interrupted(Exception):
