@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
+import signal
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
@@ -14,6 +19,8 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 LAUNCHERS = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # what accelerate launch and torchrun leave
+LAUNCH = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}  # how the first is called
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def start_processes(expected: int | None = None) -> PartialState:
@@ -28,6 +35,7 @@ def start_processes(expected: int | None = None) -> PartialState:
     Raises:
         SystemExit: when another number started.
     """
+    end_with_launcher()
     state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger("nc_hf").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
@@ -41,6 +49,19 @@ def start_processes(expected: int | None = None) -> PartialState:
         torch.set_num_threads(max(1, cores // processes_here()))
     logger.info("%d process(es) on %s with %d threads", state.num_processes, state.device, torch.get_num_threads())
     return state
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when the `accelerate launch` that started this one process ends (on Linux).
+
+    It does not pass that signal on: the training would go on unseen, beside the one that the same command starts.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun passes it on
+        return
+    with contextlib.suppress(psutil.Error):
+        launcher = psutil.Process().parent()
+        if launcher is not None and not LAUNCH.isdisjoint(Path(word).name for word in launcher.cmdline()):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def processes_here() -> int:

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 HERE = Path(__file__).resolve().parent
@@ -237,7 +239,16 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
     for job in range(options.jobs):
         slots.put((cores[job % len(cores) :: options.jobs] if cores else [], own_gpu(job, options.jobs)))
 
+    stopped = Event()
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        stop_runs()
+        raise SystemExit(128 + number)
+
     def work(plan: Plan, seed: int) -> str | None:
+        if stopped.is_set():
+            return None
         share, environment = slots.get()
         try:
             if share:
@@ -248,6 +259,7 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
         finally:
             slots.put((share, environment))
 
+    before = signal.signal(signal.SIGTERM, stop)
     pool, troubles = ThreadPoolExecutor(options.jobs), []
     runs = [pool.submit(work, *run) for run in missing]
     try:
@@ -256,7 +268,19 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
             print(f"{count} of {len(runs)} run(s) ended, {len(troubles)} of them with an error", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
     return troubles
+
+
+def stop_runs() -> None:
+    """Have the runs stop, each after a checkpoint; launchers do not pass SIGTERM on."""
+    import psutil
+
+    started = psutil.Process().children()
+    trained = [process for launcher in started for process in launcher.children()]
+    for process in [*trained, *started]:
+        process.terminate()
+    psutil.wait_procs(trained, timeout=60)
 
 
 def own_gpu(job: int, jobs: int) -> dict[str, str]:

@@ -168,6 +168,19 @@ def test_two_processes_of_a_recipe_stop_together_and_the_same_command_goes_on(tm
     assert results["heads"]["crt"]["images"] == 500
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its launcher has ended")
+def test_one_process_stops_with_its_launcher(tmp_path):
+    process = start(tmp_path, command("--name", "stopped", "--stage1.num_train_epochs", "20", "--stage2", "null"))
+    checkpoints = tmp_path / "out/stopped/checkpoints/stage1"
+    while not list(checkpoints.glob("checkpoint-*/complete.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # to the launcher alone, which ends at once
+    output = finish(process, check=False).stdout  # until nobody writes to it
+    steps = sorted(int(path.name.split("-")[1]) for path in checkpoints.iterdir() if is_complete(path))
+    assert process.returncode == -signal.SIGTERM
+    assert f"stopped and saved after {steps[-1]} of" in output
+
+
 @pytest.mark.parametrize("best", [True, False])
 def test_a_measurement_that_is_due_is_left_out_only_where_none_is_the_best(tmp_path, best):
     options = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -271,3 +273,39 @@ def test_from_nothing_to_a_table_with_real_runs(tmp_path, script, monkeypatch, c
     monkeypatch.setattr(script.subprocess, "run", lambda command: pytest.fail(f"ran {command}"))
     script.main(command)
     assert "missing" not in capfd.readouterr().out
+
+
+TRAINING = """
+import signal, sys, time
+from pathlib import Path
+def save(number, frame):
+    Path("saved").touch()
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+Path("begun").touch()
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM that a process can handle")
+def test_runs_stop_with_the_command_that_started_them(tmp_path):
+    launched = [sys.executable, "-c", TRAINING]
+    launcher = [sys.executable, "-c", f"import subprocess; subprocess.run({launched!r})"]
+    folders = ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    command = ["table3", "--dataset", "cifar10_lt", "--ratio", "100", "--rows", "CE", "CE-DRW", *folders]
+    (tmp_path / "driver.py").write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('reproduce_script', {str(RECIPES / 'reproduce.py')!r})\n"
+        "script = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(script)\n"
+        f"script.commands = lambda *run: [{launcher!r}]\n"
+        f"script.main({command!r})\n"
+    )
+    process = subprocess.Popen([sys.executable, "driver.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert (tmp_path / "saved").exists()
+    assert "ce, seed 0" in output and "ce_drw, seed 0" not in output  # the second run was not begun
