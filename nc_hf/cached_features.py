@@ -95,10 +95,11 @@ def train_on_cached_features(
     head_args = copy.copy(args)
     # The head alone cannot take images, and is no classifier to push.
     head_args.eval_strategy, head_args.eval_on_start, head_args.push_to_hub = IntervalStrategy.NO, False, False
-    head_trainer = make_trainer(alone, head_args, train_dataset=cached, head="head", callbacks=trainer.user_callbacks)
+    given = {"class_counts": trainer.class_counts, "callbacks": trainer.user_callbacks}
+    head_trainer = make_trainer(alone, head_args, train_dataset=cached, head="head", **given)
     head_trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     head_trainer.finish_head()
-    trainer.num_epochs = head_trainer.num_epochs
+    trainer.num_epochs, trainer.state = head_trainer.num_epochs, head_trainer.state
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(alone.head.get_parameter(name).view_as(parameter))

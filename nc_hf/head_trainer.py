@@ -19,6 +19,8 @@ class HeadTrainer(NCTrainer):
     learning rate; with `max_norm_threshold` rows are projected after each update (Alshammari et al. 2022).
     """
 
+    keeps_stage_one = True
+
     def __init__(
         self, model: nn.Module, args: RetrainingArguments, *, learns_scales: bool = False, **kwargs: Any
     ) -> None:
@@ -42,7 +44,8 @@ class HeadTrainer(NCTrainer):
         factor = self.args.lws_weight_factor
         if fresh and self._hook is not None and factor > 0:
             for parameter in (p for p in (layer.weight, layer.bias) if p is not None):
-                settings = {"lr": factor * optimizer.defaults["lr"], "weight_decay": self.args.weight_decay}
+                group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+                settings = {"lr": factor * optimizer.defaults["lr"], "weight_decay": group["weight_decay"]}
                 move_to_own_group(optimizer, parameter, **settings)
         if fresh and self._radius is not None:
             optimizer.register_step_post_hook(lambda *_: project_rows(layer.weight, self._radius))

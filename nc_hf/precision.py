@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 
 if TYPE_CHECKING:
     from nc_hf.training_args import NCTrainingArguments
@@ -29,6 +30,13 @@ def check_precision(args: NCTrainingArguments) -> None:
                 f"`precision: {args.precision}` and `{name}: {given}` contradict each other. Set precision alone, and "
                 f"leave {name} out; in a copy of other arguments, where both have a value, set both."
             )
+
+
+def allow_precision(args: NCTrainingArguments) -> None:
+    """Let a trainer have another precision than the one before it, which `accelerate` keeps for the whole process."""
+    kept = AcceleratorState._shared_state.get("_mixed_precision")
+    if kept is not None and kept != args.mixed_precision:
+        AcceleratorState._reset_state()
 
 
 def choose_precision(args: NCTrainingArguments, launched: str) -> str:

@@ -90,6 +90,11 @@ def _check_evaluation(args: NCTrainingArguments, given: Mapping[str, Any]) -> No
             "`eval_do_concat_batches: False` would hand lists of batches to compute_metrics, where that of "
             "compute_metrics_for takes arrays of all predictions. Leave it at True, or compute_metrics out."
         )
+    if args.batch_eval_metrics and hasattr(given.get("compute_metrics"), "bounds"):
+        raise ValueError(
+            "`batch_eval_metrics` calls compute_metrics for each batch, and that of compute_metrics_for takes all "
+            "predictions at once. Leave it out."
+        )
     if args.bf16_full_eval or args.fp16_full_eval:
         raise ValueError(
             "`bf16_full_eval` and `fp16_full_eval` would cast the weights and not the images. Leave them out: "
@@ -157,7 +162,8 @@ def warn_of_unsavable(classifier: nn.Module, image_processor: Any) -> None:
             "folder of it opens: make it with the name that timm has for it.",
             *(type(classifier).__name__, odd),
         )
-    if not hasattr(inner, "pretrained_cfg") and hasattr(classifier, "config") and image_processor is None:
+    config = getattr(classifier, "config", None)
+    if not hasattr(inner, "pretrained_cfg") and config is not None and image_processor is None:
         logger.warning(
             "%s has no image processor, which a pipeline needs to open what save_model writes. Give NCTrainer the one "
             "that load_classifier returns beside the model, as processing_class.",

@@ -193,10 +193,11 @@ def _public(value: Any) -> Any:
 def public_name(source: str) -> str:
     """What may be published of the name of a model or data set: of a folder, the last part of its path.
 
-    A folder with the name of a benchmark or an architecture is said to be a folder, since it need not be that one.
+    A bare name of a benchmark or an architecture is that one, whatever folder is called so here. A path to a folder of
+    such a name is said to be a folder, since it need not be that one.
     """
     path = Path(source.removeprefix("local-dir:"))
-    if not (source.startswith(PATHS) or path.is_dir()):
+    if source in BUILDERS or timm.is_model(source) or not (source.startswith(PATHS) or path.is_dir()):
         return source
     name = path.expanduser().resolve().name
     return f"{name} (a folder)" if name in PROVENANCE or name in BUILDERS or timm.is_model(name) else name

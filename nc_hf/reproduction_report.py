@@ -171,9 +171,10 @@ def protocol(recipe: Recipe, head: str = "base") -> dict[str, str]:
                 parts["weighting"] += f" from {_when(stage['drw_epoch'])}"
         terms = {"L_W": stage["within_weight"], "L_B": stage["between_weight"]}
         if any(terms.values()):
-            weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.items() if weight)
             kind = {"mean": "", "images": " as center loss"}.get(stage["within_reduction"], " as a sum")
-            parts["terms"] = f"{weights}{kind * bool(terms['L_W'])}, {stage['centers']} centers"
+            kinds = {"L_W": kind, "L_B": ""}
+            weights = ", ".join(f"{name} {weight:g}{kinds[name]}" for name, weight in terms.items() if weight)
+            parts["terms"] = f"{weights}, {stage['centers']} centers"
             if stage["start_epoch"]:
                 parts["terms"] += f", from {_when(stage['start_epoch'])}"
     if head != "base" and recipe.stage2 is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, set_seed
+from transformers.trainer_utils import HubStrategy
 
 from nc_hf.cached_features import train_on_cached_features
 from nc_hf.head_trainer import HeadTrainer
@@ -23,6 +24,7 @@ from nc_hf.models.headed import replace_head
 from nc_hf.models.normalized_heads import REPLACEABLE_HEADS
 from nc_hf.models.saved_heads import remember_stage_one, stage_one_state
 from nc_hf.retraining_args import TRAINED_HEADS, RetrainingArguments
+from nc_hf.trainer import uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ def retrain_classifier(
             `optimizers` of a head whose copy is trained.
         RuntimeError: should the backbone have changed.
     """
+    model = uncompiled(model)
     head_name, layer = find_head(model, head=head)
     check_heads(layer, args)
     _check_given(args, kwargs)
@@ -112,7 +115,10 @@ def _retrain(
             found = _computed_heads(trainer, layer, computed, args)
         heads |= {name: _state_of(linear, layer) for name, linear in found.items()}
     trainer.heads = {name: heads[name] for name in args.heads}
-    trainer.active_head = args.heads[0]
+    measured, trainer.active_head = trainer.active_head, args.heads[0]
+    if measured != trainer.active_head or args.match_base_norm:
+        trainer.forget_evaluations()
+    trainer.args.output_dir, trainer.args.hub_strategy = args.output_dir, args.hub_strategy
     layer.load_state_dict(trainer.heads[trainer.active_head])
     remember_stage_one(layer, stage_one)
     is_kept = stage_one is not None and args.backbone_statistics != "shifted"  # it is of use on the same features
@@ -218,6 +224,8 @@ def _train_head(
 ) -> HeadTrainer:
     if len(args.heads) > 1:
         args = copy.copy(args)
+        args.hub_model_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        args.hub_strategy = HubStrategy.END  # the model is pushed when it has all of its heads
         args.output_dir = str(Path(args.output_dir) / name)
     layer.requires_grad_(True)
     if name == "crt" and args.head_init == "new":

@@ -58,8 +58,10 @@ class SavingTrainer(Trainer):
     _counts_epochs: bool  # not on a stream without a length
     _resumed: Path | None = None
     _limit: int | None = None  # of checkpoints, while one is written
+    keeps_stage_one: bool = False  # the head that a model remembers beside a later one
     _pusher: ThreadPoolExecutor | None = None
     _push: Future | None = None  # the last one
+    _others_evaluations: int = 0  # so many first entries of the log history are of other weights
     _left_out: bool = False  # the last save is not pushed: the push before was still running
 
     # ---- Checkpoints ----
@@ -126,7 +128,7 @@ class SavingTrainer(Trainer):
             ValueError: as `check_resume`.
             OSError: as `check_disk_space`.
         """
-        if not self.task.freeze_backbone:
+        if not self.keeps_stage_one:
             forget_stage_one(self.task.head)
         values = super().set_initial_training_values(args, dataloader)
         self.num_epochs, self.updates_per_epoch = values[0], values[1]
@@ -218,7 +220,7 @@ class SavingTrainer(Trainer):
         if self.is_world_process_zero():
             folder = self._hub_folder()
             self.export(str(folder))
-            dataset = {"class_names": self.task_label_names()}
+            dataset = {"class_names": self.task_label_names(), **getattr(self.compute_metrics, "bounds", {})}
             if self.class_counts is not None:
                 dataset["class_counts"] = self.class_counts.tolist()
             results = {"dataset": dataset, "seed": self.args.seed, **self._last_evaluation(), **environment()}
@@ -235,17 +237,19 @@ class SavingTrainer(Trainer):
         trained = next((k for k, log in enumerate(history) if "train_runtime" in log), len(history))
         if self.args.load_best_model_at_end and trained < len(history):
             step = self.state.best_global_step
-        of_these = [log for k, log in enumerate(history) if k > trained or log["step"] == step]
+        own = enumerate(history[self._others_evaluations :], self._others_evaluations)
+        of_these = [log for k, log in own if k > trained or log["step"] == step]
         last = next((log for log in reversed(of_these) if "eval_accuracy" in log), {})
-        metrics = {
-            name: last[f"eval_{name}"]
-            for name in (*ACCURACIES, "class_mean_accuracy", "ece")
-            if f"eval_{name}" in last
-        }
+        names = (*ACCURACIES, "class_mean_accuracy", "ece")
+        metrics = {name: last[f"eval_{name}"] for name in names if f"eval_{name}" in last}
         if not metrics:
             return {}
         epoch = next((log["epoch"] for log in history if log["step"] == step and "epoch" in log), None)
-        return {"split": "evaluation", "epoch": epoch, "heads": {self.active_head: metrics}}
+        return {"split": "evaluation", "epoch": epoch if step else None, "heads": {self.active_head: metrics}}
+
+    def forget_evaluations(self) -> None:
+        """Keep what was measured so far, of weights that are others now, out of the card."""
+        self._others_evaluations = len(self.state.log_history)
 
     def push_to_hub(
         self,

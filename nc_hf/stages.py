@@ -123,6 +123,19 @@ def load_for_stages(recipe: Recipe, stages: dict[str, NCTrainingArguments], spli
     return Loaded(model, processor, images)
 
 
+def check_stage_one(run: Path, results: dict[str, Any]) -> None:
+    """Make sure that the network of a stage one that has its results is there for stage two.
+
+    Raises:
+        FileNotFoundError: when its folder is gone.
+    """
+    if "base" in results.get("heads", {}) and not (run / "stage1").is_dir():
+        raise FileNotFoundError(
+            f"{run / 'stage1'} is not there, the network of stage one that {run / 'results.json'} has results of. "
+            "Bring it back, or remove the run's folder to train it again."
+        )
+
+
 def run_stages(
     recipe: Recipe,
     run: Path,

@@ -22,6 +22,7 @@ from nc_hf.labels import check_labels, counts_of, label_counts, labels_of, names
 from nc_hf.measuring_trainer import MeasuringTrainer
 from nc_hf.mixing import mix_batch
 from nc_hf.objectives import build_task, num_outputs
+from nc_hf.precision import allow_precision
 from nc_hf.preflight import check_data, check_evaluated, check_told_labels, check_trainer, warn_of_unsavable
 from nc_hf.run_log import RunLog, nonfinite_error
 from nc_hf.sampling import EpochSampler, mix_seeds
@@ -72,7 +73,7 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
     ) -> None:
         args = NCTrainingArguments() if args is None else args
         check_trainer(args, kwargs)
-        model = _uncompiled(model)
+        model = uncompiled(model)
         train_dataset, self.label_column = kwargs.get("train_dataset"), label_column
         # What labels the data set tells beside its samples matters where something is made of them.
         self._trusts_labels = class_counts is None or args.sampler != "instance"
@@ -87,13 +88,14 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         )
         if model_init := kwargs.pop("model_init", None):
             # `Trainer` looks at its signature to tell whether it takes the trial.
-            kwargs["model_init"] = wraps(model_init)(lambda *trial: wrap(_uncompiled(model_init(*trial))))
+            kwargs["model_init"] = wraps(model_init)(lambda *trial: wrap(uncompiled(model_init(*trial))))
         if kwargs.get("data_collator") is None:
             kwargs["data_collator"] = collate
         if hasattr(kwargs.get("processing_class"), "data_config"):
             kwargs["processing_class"] = None  # a timm model's own config keeps these settings
         self.user_callbacks = kwargs.get("callbacks")
         task = model if model is None or isinstance(model, ClassificationTask) else wrap(model)
+        allow_precision(args)
         super().__init__(model=task, args=args, **kwargs)
         if any(isinstance(callback, RunLog) for callback in self.callback_handler.callbacks):
             self.remove_callback(PrinterCallback)  # one line an epoch is enough
@@ -328,7 +330,8 @@ class NCTrainer(MeasuringTrainer, SavingTrainer):
         return None if grad_norm is None else super()._get_grad_norm(model, grad_norm)
 
 
-def _uncompiled(model: nn.Module | None) -> nn.Module | None:
+def uncompiled(model: nn.Module | None) -> nn.Module | None:
+    """A model as it was before `torch.compile`."""
     if hasattr(model, "_orig_mod"):
         logger.info("the model is taken as it was before torch.compile; torch_compile=True compiles the training")
         return model._orig_mod

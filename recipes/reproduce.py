@@ -182,7 +182,8 @@ def commands(options: argparse.Namespace, plan: Plan, seed: int) -> list[list[st
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes_of(plan, seed))]
     launch += ["--main_process_port", "0"]  # a free one: several may run at a time
     folders = {"--data.data_dir": options.data_dir, "--data.cache_dir": options.cache_dir}
-    data = [word for name, value in folders.items() if value for word in (name, os.path.abspath(value))]
+    given = {name: os.path.abspath(os.path.expanduser(value)) for name, value in folders.items() if value}
+    data = [word for option in given.items() for word in option]
     train = [*launch, str(HERE / "train.py"), str(plan.recipe_path), *plan.overrides(seed), *data]
     train += ["--output_dir", str(run.parent), "--name", run.name]
     measure = [

@@ -62,7 +62,7 @@ def train(recipe: Recipe, run: Path, state: PartialState) -> dict[str, Any]:
     from nc_hf.branching import check_branch
     from nc_hf.image_sets import read_splits
     from nc_hf.results import read_results
-    from nc_hf.stages import STAGES, heads_of, load_for_stages, run_stages, stage_arguments
+    from nc_hf.stages import STAGES, check_stage_one, heads_of, load_for_stages, run_stages, stage_arguments
 
     with usage_errors():
         stages = {stage: stage_arguments(stage, recipe, run) for stage in STAGES if getattr(recipe, stage) is not None}
@@ -79,6 +79,7 @@ def train(recipe: Recipe, run: Path, state: PartialState) -> dict[str, Any]:
     if all(name in results.get("heads", {}) for names in heads.values() for name in names):
         return results
     with usage_errors():
+        check_stage_one(run, results)
         loaded = load_for_stages(recipe, stages, splits)
     return run_stages(recipe, run, stages, loaded, results or {"recipe_digest": digest}, state)
 

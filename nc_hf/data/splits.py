@@ -18,7 +18,7 @@ from datasets.utils.file_utils import is_local_path
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column, label_candidates
 from nc_hf.data.coverage import warn_of_unseen_classes, warn_of_untrained_classes
-from nc_hf.data.folders import check_data_dir, check_folder_classes
+from nc_hf.data.folders import check_data_dir, check_folder_classes, is_image_folder
 from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT
 from nc_hf.data.long_tail import Profile, make_long_tailed, train_validation_split
 
@@ -84,6 +84,8 @@ def load_splits(
         found = _load_any(dataset, data_dir, config_name, cache_dir)
         if dataset == "imagefolder":
             check_folder_classes(found, data_dir, label_column)
+        elif isinstance(dataset, str) and is_image_folder(dataset):
+            check_folder_classes(found, dataset, label_column)
         if data_dir is not None:
             base = Path(data_dir).expanduser()
             found = DatasetDict({name: _paths_from(base, split, image_column) for name, split in found.items()})

@@ -56,6 +56,7 @@ def compute_metrics_for(
         del metrics["per_class_accuracy"]
         return metrics | expected_calibration_error(logits, labels)
 
+    compute_metrics.bounds = bounds
     return compute_metrics
 
 

@@ -32,7 +32,8 @@ class GhostBatchNorm:
         whole, rest = divmod(len(images), num_parts)
         sizes = [whole + 1] * rest + [whole] * (num_parts - rest)  # `tensor_split` itself has a slow backward
         tracked, momentum = self.num_batches_tracked, self.momentum
-        share = (1 / (tracked.item() + 1) if momentum is None else momentum) / num_parts
+        of_all = momentum is None and tracked is not None  # a mean over all batches
+        share = (1 / (tracked.item() + 1) if of_all else momentum or 0.0) / num_parts
         try:
             outputs = []
             for number, part in enumerate(images.split(sizes), start=1):

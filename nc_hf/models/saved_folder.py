@@ -83,6 +83,8 @@ def local_folder(name_or_path: str, revision: str | None = None) -> Path:
 
 def weights_checksum(name_or_path: str) -> str | None:
     """SHA-256 of the weights in a folder of this machine; None for a name of timm or a Hub id."""
+    if timm.is_model(name_or_path):  # whatever folder is called so here
+        return None
     folder = Path(name_or_path.removeprefix("local-dir:")).expanduser()
     digest = hashlib.sha256()
     paths = sorted(folder.glob("model*.safetensors")) if folder.is_dir() else []
