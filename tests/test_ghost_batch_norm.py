@@ -115,3 +115,10 @@ def test_sizes_and_networks_that_it_cannot_serve_are_refused(tmp_path):
         NCTrainer(network_without_batch_statistics(), args, train_dataset=SmallImages())
     with pytest.raises(ValueError, match="has no batch norms"):
         set_ghost_batches(nn.SyncBatchNorm(3), 2)
+
+
+def test_norms_that_keep_no_statistics_are_ghosts_too():
+    norm = nn.BatchNorm2d(2, momentum=None, track_running_stats=False)
+    set_ghost_batches(norm, 3)
+    x = torch.randn(6, 2, 3, 3)
+    torch.testing.assert_close(norm(x), torch.cat([normalized(part) for part in x.split(3)]), rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from small_images import SmallImages
 from nc_hf import build_release, load_classifier, save_pretrained
 from nc_hf.doors import check_doors
 from nc_hf.hub import load_heads
+from nc_hf.models.saved_folder import weights_checksum
 from nc_hf.publishing import PushError, push_folder
 from nc_hf.recipe import dump_recipe, load_recipe
 from nc_hf.release import _without_paths, public_name
@@ -275,3 +276,12 @@ def test_no_setting_names_a_folder_of_this_machine(without_pictures, tmp_path):
     told = (build_release(run) / "recipe.yaml").read_text()
     assert "file: r50.safetensors" in told and "run_name: mine" in told
     assert "/home/me" not in told and "~" not in told
+
+
+def test_a_folder_called_as_what_was_asked_for_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "resnet18"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"other weights")
+        assert public_name(name) == name and public_name(f"./{name}") == f"{name} (a folder)"
+    assert weights_checksum("resnet18") is None and weights_checksum("./resnet18") is not None

@@ -275,6 +275,14 @@ def test_from_nothing_to_a_table_with_real_runs(tmp_path, script, monkeypatch, c
     assert "missing" not in capfd.readouterr().out
 
 
+def test_the_home_folder_may_hold_the_images(tmp_path, script):
+    folders = ["--data_dir=~/images", "--output", str(tmp_path), "--results", str(tmp_path)]
+    options = script.parse(["table3", "--dataset", "cifar10_lt", "--ratio", "100", "--rows", "CE", *folders])
+    ((plan,),) = ([*rows.values()] for rows in options.plans.values())
+    (command,) = script.commands(options, plan, 0)
+    assert command[command.index("--data.data_dir") + 1] == str(Path.home() / "images")
+
+
 TRAINING = """
 import signal, sys, time
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,16 @@ def test_the_same_command_again_shows_the_table_without_training(folder, straigh
     assert "base" in capsys.readouterr().out
     assert "epochs of" not in caplog.text  # which tells of the schedule when training starts
     assert (folder / "out/straight/results.json").stat().st_mtime_ns == before
+
+
+def test_stage_two_is_not_trained_on_another_network_than_stage_ones(folder, straight, train):
+    half = folder / "out/half"
+    shutil.copytree(folder / "out/straight", half, ignore=shutil.ignore_patterns("stage1", "stage2", "release"))
+    results = json.loads((half / "results.json").read_text())
+    del results["heads"]["crt"]
+    (half / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match=r"half/stage1 is not there, the network of stage one that "):
+        train(*SHORT, "--name", "half")
 
 
 def test_another_recipe_in_the_same_folder_is_refused(straight, train):

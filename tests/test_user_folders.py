@@ -108,6 +108,8 @@ def test_classes_that_lie_in_folders_of_other_names_are_warned_of(
 def test_splits_with_capitals_are_not_trained_on_together(tmp_path: Path) -> None:
     folder = drawn(tmp_path / "photos", Train__a=(3, ".png"), Train__b=(3, ".png"), Test__a=(3, ".png"))
     with pytest.raises(ValueError, match="Rename Test, Train to test, train"):
+        load_splits(folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="Rename Test, Train to test, train"):
         load_splits("imagefolder", data_dir=folder, validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
 
 
