@@ -255,7 +255,7 @@ class NCTrainingArguments(TrainingArguments):
             self.channels_last = self.precision != "fp32" or self.device.type == "cpu"
 
     def warn_about_late_epochs(self, num_epochs: float) -> None:
-        """Warn of what would start after the last of `num_epochs` epochs."""
+        """Warn of what would start after the last of `num_epochs` epochs, and of a cosine over one."""
         late = [(name, getattr(self, name)) for name in ("start_epoch", "drw_epoch")]
         late += [("lr_milestones", milestone) for milestone in self.lr_milestones or []]
         for name, value in late:

@@ -242,11 +242,6 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
 
     stopped = Event()
 
-    def stop(number: int, frame: Any) -> None:
-        stopped.set()
-        stop_runs()
-        raise SystemExit(128 + number)
-
     def work(plan: Plan, seed: int) -> str | None:
         if stopped.is_set():
             return None
@@ -260,7 +255,7 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
         finally:
             slots.put((share, environment))
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, partial(stop_runs, stopped))
     pool, troubles = ThreadPoolExecutor(options.jobs), []
     runs = [pool.submit(work, *run) for run in missing]
     try:
@@ -273,15 +268,20 @@ def run_all(options: argparse.Namespace, missing: list[tuple[Plan, int]]) -> lis
     return troubles
 
 
-def stop_runs() -> None:
-    """Have the runs stop, each after a checkpoint; launchers do not pass SIGTERM on."""
+def stop_runs(stopped: Event, number: int, frame: Any) -> None:
+    """Upon SIGTERM begin no further run, have those under way stop after a checkpoint, and end.
+
+    Launchers do not pass the signal on.
+    """
     import psutil
 
+    stopped.set()
     started = psutil.Process().children()
     trained = [process for launcher in started for process in launcher.children()]
     for process in [*trained, *started]:
         process.terminate()
     psutil.wait_procs(trained, timeout=60)
+    raise SystemExit(128 + number)
 
 
 def own_gpu(job: int, jobs: int) -> dict[str, str]:

@@ -21,14 +21,6 @@ logger = logging.getLogger(__name__)
 SPLIT_FOLDERS = {word for words in SPLIT_KEYWORDS.values() for word in words}
 SPLIT_WORD = re.compile(rf"(?:^|[-._ 0-9])(?:{'|'.join(sorted(SPLIT_FOLDERS))})(?:[-._ 0-9]|$)")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".zst")
-TABLES = (
-    ".parquet",
-    ".arrow",
-    ".json",
-    ".jsonl",
-    ".csv",
-    *ARCHIVES,
-)  # read in place of class folders
 FILE_FORMATS = ("imagefolder", "parquet", "arrow", "json", "csv", "webdataset")  # of `datasets`, with images in them
 
 
@@ -52,15 +44,6 @@ def check_data_dir(dataset: str, data_dir: str | None) -> None:
         )
     if not Path(data_dir).expanduser().is_dir():
         raise FileNotFoundError(f"`data_dir` is {data_dir!r}, and there is no such folder. Correct the path.")
-
-
-def is_image_folder(path: str) -> bool:
-    """Whether `datasets` reads a folder of this machine as class folders of images: there is no table in it."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return False
-    files = [*folder.iterdir(), *(folder / "data").glob("*")]
-    return not any(file.suffix in TABLES and file.stem != "metadata" for file in files)
 
 
 def check_folder_classes(found: DatasetDict, data_dir: str, label_column: str | None = None) -> None:

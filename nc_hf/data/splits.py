@@ -18,7 +18,7 @@ from datasets.utils.file_utils import is_local_path
 from nc_hf.data.builders import Cifar10, Cifar100, Digits, FashionMnist
 from nc_hf.data.columns import dataset_labels, find_image_column, find_label_column, label_candidates
 from nc_hf.data.coverage import warn_of_unseen_classes, warn_of_untrained_classes
-from nc_hf.data.folders import check_data_dir, check_folder_classes, is_image_folder
+from nc_hf.data.folders import check_data_dir, check_folder_classes
 from nc_hf.data.listed import ImageNetLT, INaturalist2018, PlacesLT
 from nc_hf.data.long_tail import Profile, make_long_tailed, train_validation_split
 
@@ -82,10 +82,9 @@ def load_splits(
         imbalance_ratio = None  # done
     else:
         found = _load_any(dataset, data_dir, config_name, cache_dir)
-        if dataset == "imagefolder":
-            check_folder_classes(found, data_dir, label_column)
-        elif isinstance(dataset, str) and is_image_folder(dataset):
-            check_folder_classes(found, dataset, label_column)
+        folder = data_dir if dataset == "imagefolder" else dataset
+        if isinstance(folder, str) and Path(folder).expanduser().is_dir() and _is_of_folders(found):
+            check_folder_classes(found, folder, label_column)
         if data_dir is not None:
             base = Path(data_dir).expanduser()
             found = DatasetDict({name: _paths_from(base, split, image_column) for name, split in found.items()})
@@ -168,6 +167,11 @@ def _load_any(
             f"{str(cause)[:300]}. It must be one of {', '.join(BUILDERS)}, imagefolder or parquet with data_dir, or a "
             "Hub id (user/name)."
         ) from error
+
+
+def _is_of_folders(found: DatasetDict) -> bool:
+    """Whether `datasets` has read class folders of images, as also from the bare path of a folder."""
+    return any(split.info.builder_name == "imagefolder" for split in found.values())
 
 
 def _choose_splits(found: DatasetDict, test_split: str | None, validation_fraction: float) -> dict[str, Any]:
